@@ -1,0 +1,202 @@
+//! What a field of a request may be, as data: one table serves validation (all violations at once), the
+//! reference documentation and the command line's help.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+use serde_json::{Map, Value};
+
+use crate::ids::{MAX_ID, check_id};
+use crate::model::{DeviceSpec, ModelRef};
+
+/// One field of a request.
+#[derive(Clone, Copy, Debug)]
+pub struct Field {
+    /// Its name in the body.
+    pub name: &'static str,
+    /// What it may hold.
+    pub kind: Kind,
+    /// Whether it must be there.
+    pub need: Need,
+    /// What it means, in one sentence.
+    pub about: &'static str,
+}
+
+/// Whether a field must be there.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Need {
+    /// It must.
+    Required,
+    /// It may be absent or null.
+    Optional,
+}
+
+/// What a field may hold.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Kind {
+    /// `true` or `false`.
+    Bool,
+    /// A whole number in a range.
+    Int(u64, u64),
+    /// A number in a range.
+    Float(f64, f64),
+    /// An open identifier.
+    Id,
+    /// A text of at most so many bytes.
+    Text(usize),
+    /// A model reference.
+    Model,
+    /// A device.
+    Device,
+    /// One text or a list of at most so many, none empty, each at most 1,024 bytes.
+    Texts(usize),
+    /// An object of token id to bias, -100 to 100, at most 1,024 entries.
+    Bias,
+    /// Chat messages.
+    Messages,
+    /// A list of numbers.
+    Tokens,
+    /// A JSON object, checked where it is used.
+    Object,
+    /// A list of JSON objects, checked where it is used.
+    Objects,
+    /// Any JSON value, checked where it is used.
+    Any,
+    /// Milliseconds, seconds or a text like `5m`, as `keep_alive` has it.
+    KeepAlive,
+}
+
+/// One thing wrong with a request.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Violation {
+    /// The field.
+    pub field: String,
+    /// What is wrong with it; never its value.
+    pub problem: String,
+}
+
+/// Largest text of a prompt or message, in bytes.
+pub const MAX_TEXT: usize = 16 << 20;
+
+/// Most messages of a chat.
+pub const MAX_MESSAGES: usize = 4096;
+
+/// Checks an object against a table and returns everything that is wrong with it.
+pub fn check(map: &Map<String, Value>, fields: &[Field]) -> Vec<Violation> {
+    let mut found = Vec::new();
+    for key in map.keys() {
+        if !fields.iter().any(|field| field.name == key) {
+            let shown: String = key.chars().take(64).collect();
+            found.push(Violation {
+                field: shown.escape_debug().to_string(),
+                problem: "is not a field of this operation".into(),
+            });
+        }
+    }
+    for field in fields {
+        let problem = match map.get(field.name) {
+            None | Some(Value::Null) if field.need == Need::Required => Some("is required".to_owned()),
+            None | Some(Value::Null) => None,
+            Some(value) => problem(value, field.kind),
+        };
+        if let Some(problem) = problem {
+            found.push(Violation { field: field.name.into(), problem });
+        }
+    }
+    found
+}
+
+fn problem(value: &Value, kind: Kind) -> Option<String> {
+    let wrong = |what: &str| Some(format!("must be {what}"));
+    match kind {
+        Kind::Bool => (!value.is_boolean()).then(|| "must be true or false".into()),
+        Kind::Int(min, max) => match value.as_u64() {
+            Some(number) if (min..=max).contains(&number) => None,
+            _ => wrong(&format!("a whole number from {min} to {max}")),
+        },
+        Kind::Float(min, max) => match value.as_f64() {
+            Some(number) if (min..=max).contains(&number) => None,
+            _ => wrong(&format!("a number from {min} to {max}")),
+        },
+        Kind::Id => match value.as_str().map(check_id) {
+            Some(Ok(())) => None,
+            Some(Err(error)) => Some(error.to_string()),
+            None => wrong(&format!("a text of at most {MAX_ID} characters")),
+        },
+        Kind::Text(max) => match value.as_str() {
+            Some(text) if text.len() <= max => None,
+            _ => wrong(&format!("a text of at most {max} bytes")),
+        },
+        Kind::Model => match value.as_str().map(str::parse::<ModelRef>) {
+            Some(Ok(_)) => None,
+            Some(Err(error)) => Some(error.to_string()),
+            None => wrong("a model reference"),
+        },
+        Kind::Device => match value.as_str().map(str::parse::<DeviceSpec>) {
+            Some(Ok(_)) => None,
+            _ => wrong("`auto`, `cpu` or `cuda:N`"),
+        },
+        Kind::Texts(max) => {
+            let fits = |value: &Value| value.as_str().is_some_and(|text| !text.is_empty() && text.len() <= 1024);
+            let good = match value {
+                Value::Array(items) => items.len() <= max && items.iter().all(fits),
+                other => fits(other),
+            };
+            (!good).then(|| format!("must be one text or a list of at most {max}, none empty, each at most 1024 bytes"))
+        }
+        Kind::Bias => {
+            let fits = |(key, value): (&String, &Value)| {
+                key.len() <= 10
+                    && key.parse::<u32>().is_ok()
+                    && value.as_f64().is_some_and(|bias| (-100.0..=100.0).contains(&bias))
+            };
+            let good = value.as_object().is_some_and(|map| map.len() <= 1024 && map.iter().all(fits));
+            (!good).then(|| "must map token ids to numbers from -100 to 100, at most 1024 of them".into())
+        }
+        Kind::Messages => messages_problem(value),
+        Kind::Tokens => {
+            let fits = |value: &Value| value.as_u64().is_some_and(|id| id <= u64::from(u32::MAX));
+            let good = value.as_array().is_some_and(|items| items.len() <= 1 << 20 && items.iter().all(fits));
+            (!good).then(|| "must be a list of token ids".into())
+        }
+        Kind::Object => (!value.is_object()).then(|| "must be an object".into()),
+        Kind::Objects => {
+            let good = value.as_array().is_some_and(|items| items.len() <= 256 && items.iter().all(Value::is_object));
+            (!good).then(|| "must be a list of at most 256 objects".into())
+        }
+        Kind::Any => None,
+        Kind::KeepAlive => {
+            let good = value.as_f64().is_some_and(|seconds| seconds >= -1.0 && seconds <= 1e9)
+                || value.as_str().is_some_and(|text| !text.is_empty() && text.len() <= 16);
+            (!good).then(|| "must be seconds, -1, or a text such as `5m`".into())
+        }
+    }
+}
+
+fn messages_problem(value: &Value) -> Option<String> {
+    let Some(items) = value.as_array() else {
+        return Some("must be a list of messages".into());
+    };
+    if items.is_empty() || items.len() > MAX_MESSAGES {
+        return Some(format!("must have 1 to {MAX_MESSAGES} messages"));
+    }
+    for (i, item) in items.iter().enumerate() {
+        let Some(message) = item.as_object() else {
+            return Some(format!("must be a list of messages: number {i} is not an object"));
+        };
+        let role = message.get("role").and_then(Value::as_str);
+        if !matches!(role, Some("system" | "developer" | "user" | "assistant" | "tool")) {
+            return Some(format!("message {i}: role must be system, developer, user, assistant or tool"));
+        }
+        match message.get("content").and_then(Value::as_str) {
+            Some(text) if text.len() <= MAX_TEXT => {}
+            _ => {
+                return Some(format!("message {i}: content must be a text of at most {MAX_TEXT} bytes"));
+            }
+        }
+        if let Some(other) = message.keys().find(|key| !matches!(key.as_str(), "role" | "content")) {
+            let shown: String = other.chars().take(64).collect();
+            return Some(format!("message {i}: `{}` is not a field of a message", shown.escape_debug()));
+        }
+    }
+    None
+}

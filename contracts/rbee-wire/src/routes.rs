@@ -1,0 +1,100 @@
+//! Every path that queen, hive and worker serve. Servers mount from these constants, clients call them, the
+//! reference lists them.
+
+/// One route.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Route {
+    /// `GET`, `POST`, `DELETE`.
+    pub method: &'static str,
+    /// The path, `{id}` for a variable part.
+    pub path: &'static str,
+    /// What it is for.
+    pub about: &'static str,
+}
+
+const fn route(method: &'static str, path: &'static str, about: &'static str) -> Route {
+    Route { method, path, about }
+}
+
+/// The process is up.
+pub const HEALTH: &str = "/health";
+/// The process is up, Kubernetes' name.
+pub const LIVEZ: &str = "/livez";
+/// A request sent now would be taken.
+pub const READY: &str = "/ready";
+/// A request sent now would be taken, Kubernetes' name.
+pub const READYZ: &str = "/readyz";
+/// Version, build, uptime.
+pub const INFO: &str = "/v1/info";
+/// Drain and stop.
+pub const SHUTDOWN: &str = "/v1/shutdown";
+/// Post or list jobs.
+pub const JOBS: &str = "/v1/jobs";
+/// One job.
+pub const JOB: &str = "/v1/jobs/{id}";
+/// One job's stream.
+pub const JOB_STREAM: &str = "/v1/jobs/{id}/stream";
+/// Workers say how they are.
+pub const WORKER_HEARTBEAT: &str = "/v1/worker-heartbeat";
+/// Hives say how they are.
+pub const HIVE_HEARTBEAT: &str = "/v1/hive-heartbeat";
+/// The merged view, for dashboards.
+pub const HEARTBEATS_STREAM: &str = "/v1/heartbeats/stream";
+/// Captured output of a hive's worker.
+pub const WORKER_LOGS: &str = "/v1/workers/{id}/logs";
+/// A worker's readiness.
+pub const WORKER_READY: &str = "/v1/ready";
+/// Ask a worker for text.
+pub const INFERENCE: &str = "/v1/inference";
+/// One inference.
+pub const INFERENCE_ONE: &str = "/v1/inference/{id}";
+/// One inference's stream.
+pub const INFERENCE_STREAM: &str = "/v1/inference/{id}/stream";
+/// Text to token ids.
+pub const TOKENIZE: &str = "/v1/tokenize";
+/// Finish and take nothing new.
+pub const DRAIN: &str = "/v1/drain";
+
+/// The queen's routes.
+pub const QUEEN: &[Route] = &[
+    route("GET", HEALTH, "the process is up"),
+    route("GET", LIVEZ, "the process is up"),
+    route("GET", READY, "a request sent now would be taken"),
+    route("GET", READYZ, "a request sent now would be taken"),
+    route("GET", INFO, "version, build, uptime"),
+    route("POST", SHUTDOWN, "drain and stop"),
+    route("POST", JOBS, "post a job; with `Accept: text/event-stream` its stream is the answer"),
+    route("GET", JOBS, "the jobs that are kept"),
+    route("GET", JOB, "one job with its decisions"),
+    route("DELETE", JOB, "cancel a job"),
+    route("GET", JOB_STREAM, "a job's events, from the beginning or after `Last-Event-ID`"),
+    route("POST", WORKER_HEARTBEAT, "a worker says how it is"),
+    route("POST", HIVE_HEARTBEAT, "a hive says how it is"),
+    route("GET", HEARTBEATS_STREAM, "the merged view of the fleet, for dashboards"),
+];
+
+/// A hive's routes.
+pub const HIVE: &[Route] = &[
+    route("GET", HEALTH, "the process is up"),
+    route("GET", LIVEZ, "the process is up"),
+    route("GET", READY, "a request sent now would be taken"),
+    route("GET", READYZ, "a request sent now would be taken"),
+    route("GET", INFO, "version, build, uptime"),
+    route("POST", SHUTDOWN, "drain and stop"),
+    route("POST", JOBS, "post one of the hive's operations"),
+    route("GET", JOB, "one job"),
+    route("GET", JOB_STREAM, "a job's events"),
+    route("GET", WORKER_LOGS, "captured output of one worker; `?tail=BYTES`"),
+];
+
+/// A worker's routes.
+pub const WORKER: &[Route] = &[
+    route("GET", HEALTH, "the process is up"),
+    route("GET", WORKER_READY, "whether the model is loaded, and how far the load is"),
+    route("GET", INFO, "version, build, uptime"),
+    route("POST", INFERENCE, "generate; with `Accept: text/event-stream` the stream is the answer"),
+    route("GET", INFERENCE_STREAM, "the stream of a posted inference, once"),
+    route("DELETE", INFERENCE_ONE, "cancel an inference"),
+    route("POST", TOKENIZE, "token ids of a text"),
+    route("POST", DRAIN, "finish and take nothing new"),
+];

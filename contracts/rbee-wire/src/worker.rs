@@ -1,0 +1,255 @@
+//! What a worker says and hears: its heartbeat, its control pipe, its inference request.
+
+use schemars::JsonSchema;
+use serde::{Deserialize, Serialize};
+
+use crate::error::ErrorBody;
+use crate::ids::{DeviceId, HiveId, Incarnation, JobId, RequestId, WorkerId};
+use crate::job::Generation;
+use crate::model::ModelRef;
+
+/// A worker's life as others see it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(rename_all = "snake_case")]
+pub enum WorkerState {
+    /// Its process is up, its model is not.
+    Starting,
+    /// A request sent now would be served.
+    Ready,
+    /// All slots are taken.
+    Busy,
+    /// It finishes what it has and takes nothing new.
+    Draining,
+    /// It is gone; deregisters.
+    Stopped,
+}
+
+/// How far a load is.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct LoadProgress {
+    /// `start`, `load`, `warm_up`.
+    pub stage: String,
+    /// How much is done.
+    pub done: u64,
+    /// Of how much; 0 when unknown.
+    pub total: u64,
+    /// Of what: `bytes`, `steps`.
+    pub unit: String,
+}
+
+/// Bytes on the device.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct WorkerMemory {
+    /// Weights.
+    pub weights: u64,
+    /// KV cache.
+    pub kv: u64,
+    /// All of the process.
+    pub total: u64,
+}
+
+/// Something of which some is used.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct UsedOf {
+    /// All of it.
+    pub total: u64,
+    /// The part in use.
+    pub used: u64,
+}
+
+/// A worker's full state, sent to the queen every 500 ms and at once on a change.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct WorkerHeartbeat {
+    /// The protocol's version.
+    pub protocol: u32,
+    /// The worker.
+    pub worker_id: WorkerId,
+    /// Its life.
+    pub incarnation: Incarnation,
+    /// Rises with each heartbeat of one life.
+    pub seq: u64,
+    /// Its hive.
+    pub hive_id: HiveId,
+    /// Where it serves.
+    pub url: String,
+    /// The bearer that its routes ask for.
+    pub bearer: String,
+    /// Its state.
+    pub state: WorkerState,
+    /// While it loads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub load: Option<LoadProgress>,
+    /// The model, in canonical form.
+    pub model: ModelRef,
+    /// Digest of the weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<String>,
+    /// Its device.
+    pub device: DeviceId,
+    /// Bytes on the device.
+    #[serde(default)]
+    pub memory: WorkerMemory,
+    /// Requests it generates for at once.
+    #[serde(default)]
+    pub slots: UsedOf,
+    /// Requests that wait in it.
+    #[serde(default)]
+    pub queue: u64,
+    /// KV blocks.
+    #[serde(default)]
+    pub kv_blocks: UsedOf,
+    /// Units of compute finished; advances per layer.
+    #[serde(default)]
+    pub steps: u64,
+    /// Whether compute has work now.
+    #[serde(default)]
+    pub working: bool,
+    /// Two workers of the same numerics id give the same tokens bit for bit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub numerics_id: Option<String>,
+    /// Whether a row's bits depend on that row alone.
+    #[serde(default)]
+    pub row_invariant: bool,
+    /// Tokens a second in prefill, as lately measured.
+    #[serde(default)]
+    pub prefill_rate: f64,
+    /// Tokens a second in decode, as lately measured.
+    #[serde(default)]
+    pub decode_rate: f64,
+    /// Most tokens of one sequence.
+    #[serde(default)]
+    pub context: u64,
+    /// What it can do beside text: none yet.
+    #[serde(default)]
+    pub capabilities: Vec<String>,
+    /// Its release.
+    pub version: String,
+    /// Its build.
+    pub build: String,
+}
+
+/// The queen's answer to a heartbeat.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct HeartbeatReply {
+    /// Send the full state again at once.
+    #[serde(default)]
+    pub resync: bool,
+}
+
+/// What the queen sends to a worker's `/v1/inference`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct InferenceRequest {
+    /// The queen's job.
+    pub job_id: JobId,
+    /// The request's label in logs.
+    pub request_id: RequestId,
+    /// What to generate. `seed` is set.
+    pub generation: Generation,
+    /// Go on exactly there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub resume: Option<Resume>,
+}
+
+/// Where an answer goes on.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Resume {
+    /// The tokens that were generated before.
+    pub tokens: Vec<u32>,
+    /// The numerics id they were generated under.
+    pub numerics_id: String,
+}
+
+/// The answer of `/v1/ready`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct ReadyReply {
+    /// Whether a request sent now would be served.
+    pub ready: bool,
+    /// The worker's state.
+    pub state: WorkerState,
+    /// Its model.
+    pub model: ModelRef,
+    /// While it loads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub progress: Option<LoadProgress>,
+}
+
+/// First line down the control pipe: what the worker is to be.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct WorkerCharge {
+    /// Proves to the hive that the answer comes from this child.
+    pub nonce: String,
+    /// The worker.
+    pub worker_id: WorkerId,
+    /// Its life.
+    pub incarnation: Incarnation,
+    /// Its hive.
+    pub hive_id: HiveId,
+    /// The bearer that its routes ask for.
+    pub bearer: String,
+    /// Where heartbeats go.
+    pub queen_url: String,
+    /// The model, in canonical form.
+    pub model: ModelRef,
+    /// The device.
+    pub device: DeviceId,
+    /// Context length in tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ctx: Option<u32>,
+    /// Requests generated for at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slots: Option<u32>,
+    /// Compute threads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threads: Option<u32>,
+    /// Type of the KV cache.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_type: Option<String>,
+}
+
+/// Lines down the control pipe after the first.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ControlDown {
+    /// What the worker is to be; once, first.
+    Charge(Box<WorkerCharge>),
+    /// Finish what runs, take nothing new, then exit.
+    Drain {
+        /// Most milliseconds to take.
+        grace_ms: u64,
+    },
+}
+
+/// Lines up the control pipe.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum ControlUp {
+    /// The server is up; the model is not.
+    Listening {
+        /// The port the system gave.
+        port: u16,
+        /// The charge's nonce.
+        nonce: String,
+    },
+    /// The load moves on.
+    Loading {
+        /// How far it is.
+        progress: LoadProgress,
+    },
+    /// A warm-up step has run; requests are served.
+    Ready {
+        /// Bytes on the device.
+        memory: WorkerMemory,
+    },
+    /// Every 500 ms.
+    Beat {
+        /// Units of compute finished.
+        steps: u64,
+        /// Whether compute has work now.
+        working: bool,
+    },
+    /// The worker ends with this error.
+    Failed {
+        /// Why.
+        error: ErrorBody,
+    },
+}

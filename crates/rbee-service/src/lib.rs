@@ -1,0 +1,19 @@
+//! The daemon chassis: what queen, hive and worker have in common around their HTTP routes.
+//!
+//! [`serve()`] runs the connections, [`guard`] stands before every route, [`ApiError`] is how a handler refuses,
+//! [`sse`] how it streams, [`Shutdown`] how it ends, [`logging`] where it writes.
+
+pub mod guard;
+pub mod logging;
+pub mod sse;
+
+mod clock;
+mod error;
+mod serve;
+mod shutdown;
+
+pub use clock::{Clock, random_hex};
+pub use error::{ApiError, JsonBytes, MAX_BODY, current_request_id};
+pub use guard::{Guard, protect};
+pub use serve::{ServeLimits, bind, serve};
+pub use shutdown::{Shutdown, Tasks};
