@@ -9,11 +9,14 @@ pub mod sse;
 
 mod clock;
 mod error;
+mod joblog;
 mod serve;
 mod shutdown;
+mod stall;
 
 pub use clock::{Clock, random_hex};
 pub use error::{ApiError, JsonBytes, MAX_BODY, current_request_id};
 pub use guard::{Guard, protect};
+pub use joblog::{BrokeOff, JobLog, Listener};
 pub use serve::{ServeLimits, bind, serve};
 pub use shutdown::{Shutdown, Tasks};

@@ -15,6 +15,8 @@ use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::stall::Unstalled;
+
 /// Bounds of a server.
 #[derive(Clone, Copy, Debug)]
 pub struct ServeLimits {
@@ -22,13 +24,20 @@ pub struct ServeLimits {
     pub connections: usize,
     /// Longest time for a request's header, also between two requests of one connection.
     pub header: Duration,
+    /// Longest time that a write may wait for its reader.
+    pub stalled: Duration,
     /// Longest time that open connections may take to end once the server stops.
     pub linger: Duration,
 }
 
 impl Default for ServeLimits {
     fn default() -> Self {
-        Self { connections: 16_384, header: Duration::from_secs(10), linger: Duration::from_secs(2) }
+        Self {
+            connections: 16_384,
+            header: Duration::from_secs(10),
+            stalled: Duration::from_secs(30),
+            linger: Duration::from_secs(2),
+        }
     }
 }
 
@@ -99,7 +108,7 @@ pub async fn serve(listener: TcpListener, router: Router, limits: ServeLimits, s
             let _ = socket.set_nodelay(true);
             let mut builder = http1::Builder::new();
             builder.timer(TokioTimer::new()).header_read_timeout(limits.header);
-            let connection = builder.serve_connection(TokioIo::new(socket), service);
+            let connection = builder.serve_connection(TokioIo::new(Unstalled::new(socket, limits.stalled)), service);
             let mut connection = std::pin::pin!(connection);
             // Ends of clients are not faults; what matters of them is in the handlers' own logs.
             tokio::select! {
@@ -195,6 +204,36 @@ mod tests {
         let limits = ServeLimits { header: Duration::from_millis(100), ..ServeLimits::default() };
         let (address, _stop) = start(limits).await;
         talk(address, "GET / HTTP/1.1\r\nHost:").await;
+    }
+
+    #[tokio::test]
+    async fn a_reader_that_stops_is_dropped() {
+        let limits = ServeLimits { stalled: Duration::from_millis(200), ..ServeLimits::default() };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (gone, left) = tokio::sync::oneshot::channel();
+        let gone = Arc::new(std::sync::Mutex::new(Some(gone)));
+        let endless = move || {
+            let told = DropTold(gone.lock().unwrap().take());
+            let events = futures::stream::repeat_with(move || {
+                let _held = &told;
+                bytes::Bytes::from_static(&[b'x'; 4096])
+            });
+            async move { crate::sse::infallible(events) }
+        };
+        let router = Router::new().route("/flood", axum::routing::get(endless));
+        tokio::spawn(serve(listener, router, limits, CancellationToken::new()));
+        let mut socket = TcpStream::connect(address).await.unwrap();
+        socket.write_all(b"GET /flood HTTP/1.1\r\nHost: localhost\r\n\r\n").await.unwrap();
+        tokio::time::timeout(Duration::from_secs(10), left).await.expect("dropped in time").unwrap();
+    }
+
+    /// Tells when it is dropped.
+    struct DropTold(Option<tokio::sync::oneshot::Sender<()>>);
+    impl Drop for DropTold {
+        fn drop(&mut self) {
+            let _ = self.0.take().map(|told| told.send(()));
+        }
     }
 
     #[tokio::test]

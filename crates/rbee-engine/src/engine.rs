@@ -1,0 +1,407 @@
+//! The engine as a value: requests in, [`Engine::step`] by step, outputs out.
+//!
+//! A request becomes one sequence per choice. Sequences wait in one FIFO queue until a slot and all the
+//! KV blocks they can ever need are free; from then on they run, and new ones join the running batch at
+//! any step. A request ends in one place, `Engine::end`, which takes it out of the table of requests
+//! first: that is why its terminal output cannot come twice.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+
+use crate::error::{EngineError, Overloaded};
+use crate::gate::{Gate, Permit};
+use crate::kv::block_pool::BlockPool;
+use crate::request::{Finish, Output, Request, RequestId, Spec};
+use crate::runner::{Chunk, Logits, LogitsWanted, ModelLimits, ModelRunner, RunnerError, StepBatch};
+use crate::sampling::Sampler;
+use crate::schedule::{self, Planned};
+use crate::sequence::Sequence;
+
+/// Steps without trouble after which a budget that was cut for want of memory is doubled again.
+const CALM_STEPS: u32 = 64;
+
+/// Sizes that are fixed for the engine's life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct EngineConfig {
+    /// Sequences that run at once, at least 1.
+    pub slots: usize,
+    /// Most tokens of one step, at least `slots`.
+    pub step_tokens: usize,
+    /// Most tokens of one prompt in one step, at least 1.
+    pub prefill_chunk: usize,
+    /// Sequences that may wait beyond those that run.
+    pub queue: usize,
+}
+
+/// Where the engine stands.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct EngineStats {
+    /// Sequences that can run at once.
+    pub slots_total: usize,
+    /// Sequences that run.
+    pub slots_used: usize,
+    /// Sequences that wait for a slot or for KV blocks.
+    pub waiting: usize,
+    /// KV blocks in all.
+    pub kv_blocks_total: usize,
+    /// KV blocks that sequences have.
+    pub kv_blocks_used: usize,
+    /// The runner's units of work done; filled in by the handle.
+    pub steps: u64,
+    /// Given tokens computed since the start.
+    pub prompt_tokens: u64,
+    /// Tokens generated since the start.
+    pub generated_tokens: u64,
+    /// Whether there is anything to do: then `steps` must move.
+    pub working: bool,
+}
+
+/// A request that has not ended.
+struct Live {
+    spec: Arc<Spec>,
+    finish: Vec<Option<Finish>>,
+    /// Choices without a finish.
+    open: usize,
+    started: bool,
+    completion_tokens: usize,
+    prefilled: usize,
+    to_prefill: usize,
+    permit: Permit,
+}
+
+/// The engine; see the module for how it works.
+pub struct Engine {
+    runner: Box<dyn ModelRunner>,
+    limits: ModelLimits,
+    config: EngineConfig,
+    gate: Arc<Gate>,
+    pool: BlockPool,
+    live: BTreeMap<RequestId, Live>,
+    waiting: VecDeque<Sequence>,
+    /// In order of admission; each has its blocks.
+    running: Vec<Sequence>,
+    /// Outputs that arose between steps.
+    pending: Vec<(RequestId, Output)>,
+    /// Tokens of a step for now: below the configured number after the device ran out of memory.
+    budget: usize,
+    calm: u32,
+    steps: u64,
+    last_request: u64,
+    prompt_tokens: u64,
+    generated_tokens: u64,
+    failed: bool,
+    plan: Vec<Planned>,
+    logits: Logits,
+    sampler: Sampler,
+}
+
+impl Engine {
+    /// An engine over `runner`. The context is what the model can take and the KV can hold.
+    ///
+    /// # Errors
+    /// [`EngineError::Invalid`] for sizes that cannot work.
+    pub fn new(runner: Box<dyn ModelRunner>, config: EngineConfig) -> Result<Self, EngineError> {
+        let mut limits = runner.limits().clone();
+        limits.context = limits.context.min(limits.kv_blocks.saturating_mul(limits.block_size));
+        let check = |field, ok: bool, problem| if ok { Ok(()) } else { Err(EngineError::invalid(field, problem)) };
+        check("slots", (1..=1 << 20).contains(&config.slots), "must be 1 to 1048576")?;
+        check("queue", config.queue <= 1 << 20, "must be at most 1048576")?;
+        check("step_tokens", config.step_tokens >= config.slots, "must be at least the number of slots")?;
+        check("prefill_chunk", config.prefill_chunk >= 1, "must be at least 1")?;
+        check("vocab", (1..=1 << 31).contains(&limits.vocab), "must be 1 to 2^31")?;
+        check("context", limits.context >= 2, "the KV must hold at least 2 positions")?;
+        Ok(Self {
+            gate: Gate::new(config.slots + config.queue),
+            pool: BlockPool::new(limits.kv_blocks),
+            runner,
+            limits,
+            config,
+            live: BTreeMap::new(),
+            waiting: VecDeque::new(),
+            running: Vec::with_capacity(config.slots),
+            pending: Vec::new(),
+            budget: config.step_tokens,
+            calm: 0,
+            steps: 0,
+            last_request: 0,
+            prompt_tokens: 0,
+            generated_tokens: 0,
+            failed: false,
+            plan: Vec::new(),
+            logits: Logits::default(),
+            sampler: Sampler::default(),
+        })
+    }
+
+    /// What the model can take here: `context` is bounded by the KV.
+    pub fn limits(&self) -> &ModelLimits {
+        &self.limits
+    }
+
+    /// The sizes it was made with.
+    pub fn config(&self) -> &EngineConfig {
+        &self.config
+    }
+
+    pub(crate) fn gate(&self) -> &Arc<Gate> {
+        &self.gate
+    }
+
+    /// Takes a request on.
+    ///
+    /// # Errors
+    /// [`EngineError::Overloaded`] without a place, [`EngineError::ContextLength`] and
+    /// [`EngineError::Invalid`] for one that can never run. Nothing of it is kept then.
+    pub fn submit(&mut self, request: Request) -> Result<RequestId, EngineError> {
+        let permit = self.gate.acquire(request.choices.len())?;
+        self.accept(request, permit)
+    }
+
+    /// [`Engine::submit`] for a request that has its place.
+    pub(crate) fn accept(&mut self, request: Request, permit: Permit) -> Result<RequestId, EngineError> {
+        if self.failed {
+            return Err(Overloaded::Dead.into());
+        }
+        let spec = Arc::new(request.spec(&self.limits)?);
+        let id = RequestId(self.last_request + 1);
+        let mut live = Live {
+            spec: Arc::clone(&spec),
+            finish: Vec::with_capacity(request.choices.len()),
+            open: 0,
+            started: false,
+            completion_tokens: 0,
+            prefilled: 0,
+            to_prefill: 0,
+            permit,
+        };
+        let mut sequences = Vec::with_capacity(request.choices.len());
+        for (number, choice) in (0..).zip(request.choices) {
+            let sequence = Sequence::new(id, number, &spec, &request.prompt, &choice.resume, choice.text)?;
+            live.completion_tokens += sequence.output_tokens();
+            live.finish.push(sequence.finish());
+            if sequence.finish().is_none() {
+                live.to_prefill += sequence.given_tokens();
+                sequences.push(sequence);
+            }
+        }
+        live.open = sequences.len();
+        live.permit.shrink_to(live.open);
+        self.last_request = id.0;
+        self.waiting.extend(sequences);
+        let finished = live.open == 0;
+        self.live.insert(id, live);
+        if finished {
+            let mut outputs = std::mem::take(&mut self.pending);
+            self.start(id, &mut outputs);
+            self.end(id, Ending::Done, &mut outputs);
+            self.pending = outputs;
+        }
+        Ok(id)
+    }
+
+    /// Ends a request, wherever it is; its blocks are free when this returns. Its `Done` comes out of the
+    /// next step. Nothing happens to one that has ended.
+    pub fn cancel(&mut self, id: RequestId) {
+        let mut outputs = std::mem::take(&mut self.pending);
+        self.end(id, Ending::Done, &mut outputs);
+        self.pending = outputs;
+    }
+
+    /// Whether [`Engine::step`] has anything to do.
+    pub fn has_work(&self) -> bool {
+        !self.pending.is_empty() || !self.running.is_empty() || !self.waiting.is_empty()
+    }
+
+    /// Whether a forward pass has failed: the engine takes nothing more.
+    pub fn has_failed(&self) -> bool {
+        self.failed
+    }
+
+    /// Where it stands.
+    pub fn stats(&self) -> EngineStats {
+        EngineStats {
+            slots_total: self.config.slots,
+            slots_used: self.running.len(),
+            waiting: self.waiting.len(),
+            kv_blocks_total: self.pool.total(),
+            kv_blocks_used: self.pool.used(),
+            steps: 0,
+            prompt_tokens: self.prompt_tokens,
+            generated_tokens: self.generated_tokens,
+            working: self.has_work(),
+        }
+    }
+
+    /// Admits what fits, computes one batch and appends what came of it to `outputs`.
+    pub fn step(&mut self, outputs: &mut Vec<(RequestId, Output)>) {
+        outputs.append(&mut self.pending);
+        self.admit(outputs);
+        schedule::plan(&self.running, self.budget, self.config.prefill_chunk, &mut self.plan);
+        if self.plan.is_empty() {
+            return;
+        }
+        self.steps += 1;
+        match self.compute() {
+            Ok(()) => {
+                self.calm += 1;
+                if self.calm >= CALM_STEPS {
+                    self.calm = 0;
+                    self.budget = self.budget.saturating_mul(2).min(self.config.step_tokens);
+                }
+                self.harvest(outputs);
+            }
+            Err(RunnerError::OutOfMemory(reason)) => self.shrink(reason, outputs),
+            Err(RunnerError::Forward(reason)) => self.fail(&EngineError::Forward(reason), outputs),
+        }
+    }
+
+    /// Moves waiting sequences, in order, to free slots with all the blocks they will need.
+    fn admit(&mut self, outputs: &mut Vec<(RequestId, Output)>) {
+        while self.running.len() < self.config.slots
+            && let Some(mut sequence) = self.waiting.pop_front()
+        {
+            let Some(blocks) = self.pool.reserve(sequence.positions().div_ceil(self.limits.block_size)) else {
+                self.waiting.push_front(sequence);
+                return;
+            };
+            sequence.admit(blocks);
+            self.start(sequence.request, outputs);
+            self.running.push(sequence);
+        }
+    }
+
+    /// One forward pass over the plan.
+    fn compute(&mut self) -> Result<(), RunnerError> {
+        let chunk = |planned: &Planned| {
+            let sequence = &self.running[planned.sequence];
+            let (tokens, start) = sequence.chunk(planned.count);
+            let blocks = sequence.blocks().expect("a running sequence was admitted with its blocks").ids();
+            let covering = (start + tokens.len()).div_ceil(self.limits.block_size);
+            Chunk { tokens, start, blocks: &blocks[..covering], logits: planned.logits }
+        };
+        let batch = StepBatch { chunks: self.plan.iter().map(chunk).collect() };
+        self.runner.step(&batch, &mut self.logits)?;
+        let wanted = self.plan.iter().filter(|p| p.logits == LogitsWanted::Last).count();
+        if wanted > 0 && (self.logits.rows() != wanted || self.logits.row(0).len() != self.limits.vocab) {
+            return Err(RunnerError::Forward(format!("{} rows of logits for {wanted}", self.logits.rows())));
+        }
+        Ok(())
+    }
+
+    /// Turns the logits of the plan into tokens.
+    fn harvest(&mut self, outputs: &mut Vec<(RequestId, Output)>) {
+        let mut rows = 0;
+        let mut failures: Vec<(RequestId, EngineError)> = Vec::new();
+        for planned in &self.plan {
+            let sequence = &mut self.running[planned.sequence];
+            let id = sequence.request;
+            let live = self.live.get_mut(&id).expect("a running sequence belongs to a live request");
+            let was_decoding = sequence.is_decoding();
+            sequence.last_step = self.steps;
+            sequence.advance(planned.count);
+            if !was_decoding {
+                self.prompt_tokens += planned.count as u64;
+                live.prefilled += planned.count;
+                outputs.push((id, Output::Prefill { done: live.prefilled, total: live.to_prefill }));
+            }
+            if planned.logits == LogitsWanted::None {
+                continue;
+            }
+            let row = self.logits.row(rows);
+            rows += 1;
+            match sequence.generate(row, &mut self.sampler) {
+                Ok(token) => {
+                    self.generated_tokens += 1;
+                    live.completion_tokens += 1;
+                    if let Some(finish) = sequence.finish() {
+                        live.finish[sequence.choice as usize] = Some(finish);
+                        live.open -= 1;
+                        live.permit.shrink_to(live.open);
+                    }
+                    outputs.push((
+                        id,
+                        Output::Token {
+                            choice: sequence.choice,
+                            index: token.index,
+                            id: token.id,
+                            text: token.text,
+                            logprobs: token.logprobs,
+                        },
+                    ));
+                }
+                Err(error) => failures.push((id, error)),
+            }
+        }
+        for (id, error) in failures {
+            self.end(id, Ending::Failed(error), outputs);
+        }
+        let mut done = Vec::new();
+        self.running.retain(|sequence| {
+            let finished = sequence.finish().is_some();
+            if finished && self.live.get(&sequence.request).is_some_and(|live| live.open == 0) {
+                done.push(sequence.request);
+            }
+            !finished
+        });
+        for id in done {
+            self.end(id, Ending::Done, outputs);
+        }
+    }
+
+    /// The device had no memory for the plan: smaller steps from here on, and if it was as small as it gets
+    /// the sequence cannot run. What was computed before stays; the same tokens are planned again.
+    fn shrink(&mut self, reason: String, outputs: &mut Vec<(RequestId, Output)>) {
+        self.calm = 0;
+        let tokens: usize = self.plan.iter().map(|planned| planned.count).sum();
+        if tokens > 1 {
+            self.budget = tokens / 2;
+        } else if let Some(planned) = self.plan.first() {
+            let id = self.running[planned.sequence].request;
+            self.end(id, Ending::Failed(EngineError::OutOfMemory(reason)), outputs);
+        }
+    }
+
+    /// The forward pass cannot be trusted any more: everything ends.
+    fn fail(&mut self, error: &EngineError, outputs: &mut Vec<(RequestId, Output)>) {
+        self.failed = true;
+        self.gate.shut_dead();
+        while let Some((id, _)) = self.live.first_key_value() {
+            self.end(*id, Ending::Failed(error.clone()), outputs);
+        }
+    }
+
+    fn start(&mut self, id: RequestId, outputs: &mut Vec<(RequestId, Output)>) {
+        if let Some(live) = self.live.get_mut(&id)
+            && !live.started
+        {
+            live.started = true;
+            let prompt_tokens = live.spec.prompt_tokens;
+            outputs.push((id, Output::Started { prompt_tokens, cached_tokens: 0 }));
+        }
+    }
+
+    /// The one end of a request: what still runs or waits of it goes, with its blocks and places.
+    fn end(&mut self, id: RequestId, ending: Ending, outputs: &mut Vec<(RequestId, Output)>) {
+        let Some(live) = self.live.remove(&id) else { return };
+        if live.open > 0 {
+            self.running.retain(|sequence| sequence.request != id);
+            self.waiting.retain(|sequence| sequence.request != id);
+        }
+        let output = match ending {
+            Ending::Failed(error) => Output::Failed(error),
+            Ending::Done => Output::Done {
+                finish: live.finish.into_iter().map(|finish| finish.unwrap_or(Finish::Cancelled)).collect(),
+                prompt_tokens: live.spec.prompt_tokens,
+                completion_tokens: live.completion_tokens,
+                cached_tokens: 0,
+            },
+        };
+        outputs.push((id, output));
+    }
+}
+
+enum Ending {
+    /// Choices that have not finished were cancelled.
+    Done,
+    Failed(EngineError),
+}

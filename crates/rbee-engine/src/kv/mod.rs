@@ -1,0 +1,3 @@
+//! Who owns which KV block. The storage itself is the runner's.
+
+pub mod block_pool;

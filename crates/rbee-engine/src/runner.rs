@@ -1,0 +1,136 @@
+//! The seam between the engine and the tensors: one [`ModelRunner::step`] is one forward pass over a
+//! ragged batch of prefill chunks and decode tokens.
+//!
+//! A runner owns the weights and the KV storage; the engine owns which block belongs to whom. A row's
+//! logits depend on that row's tokens and on build constants only, never on what else is in the batch,
+//! on how a prompt was cut into chunks, or on the number of threads.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A vocabulary entry.
+pub type TokenId = u32;
+
+/// Index of one KV block in the runner's storage, `0..ModelLimits::kv_blocks`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct BlockId(pub u32);
+
+/// What a loaded model can take. Fixed for the runner's life.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ModelLimits {
+    /// Length of a logits row.
+    pub vocab: usize,
+    /// Most positions of one sequence, prompt and output together.
+    pub context: usize,
+    /// Positions per KV block.
+    pub block_size: usize,
+    /// KV blocks in the runner's storage.
+    pub kv_blocks: usize,
+}
+
+/// Consecutive positions of one sequence.
+#[derive(Clone, Copy, Debug)]
+pub struct Chunk<'a> {
+    /// The tokens at positions `start..start + tokens.len()`; never empty.
+    pub tokens: &'a [TokenId],
+    /// Position of the first token; everything before it is in the KV blocks already.
+    pub start: usize,
+    /// The sequence's blocks in order, covering at least `start + tokens.len()` positions.
+    pub blocks: &'a [BlockId],
+    /// Whether the last token's logits are wanted (a prefill chunk that is not the last wants none).
+    pub logits: LogitsWanted,
+}
+
+/// Which rows of a chunk go through the output head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum LogitsWanted {
+    /// None: the chunk only fills the KV.
+    None,
+    /// The last token's row.
+    Last,
+}
+
+/// The input of one step. No sequence appears twice.
+#[derive(Clone, Debug, Default)]
+pub struct StepBatch<'a> {
+    /// At least one chunk.
+    pub chunks: Vec<Chunk<'a>>,
+}
+
+/// The output of one step: one row of `vocab` f32 per chunk that wanted logits, in chunk order.
+/// The buffer is kept between steps.
+#[derive(Clone, Debug, Default)]
+pub struct Logits {
+    vocab: usize,
+    data: Vec<f32>,
+}
+
+impl Logits {
+    /// Makes room for `rows` rows of `vocab` values; their content is unspecified.
+    pub fn resize(&mut self, rows: usize, vocab: usize) {
+        self.vocab = vocab;
+        self.data.resize(rows * vocab, 0.0);
+    }
+
+    /// Number of rows.
+    pub fn rows(&self) -> usize {
+        self.data.len().checked_div(self.vocab).unwrap_or(0)
+    }
+
+    /// Row `i`, of `vocab` values.
+    pub fn row(&self, i: usize) -> &[f32] {
+        &self.data[i * self.vocab..(i + 1) * self.vocab]
+    }
+
+    /// Row `i` for writing.
+    pub fn row_mut(&mut self, i: usize) -> &mut [f32] {
+        &mut self.data[i * self.vocab..(i + 1) * self.vocab]
+    }
+
+    /// All rows, row-major.
+    pub fn as_mut_slice(&mut self) -> &mut [f32] {
+        &mut self.data
+    }
+}
+
+/// A step that failed. The KV of the sequences in the batch is then undefined from their chunk's start on.
+#[derive(Debug, thiserror::Error)]
+pub enum RunnerError {
+    /// The device has no memory left for this step.
+    #[error("out of memory: {0}")]
+    OutOfMemory(String),
+    /// The forward pass itself failed; the worker cannot be trusted further.
+    #[error("forward pass failed: {0}")]
+    Forward(String),
+}
+
+/// Tensors behind the engine.
+pub trait ModelRunner: Send {
+    /// What this model can take.
+    fn limits(&self) -> &ModelLimits;
+
+    /// Runs one forward pass: writes the K and V of every token of every chunk into its block, then
+    /// leaves one logits row per chunk that wants it in `logits` (which it resizes).
+    ///
+    /// # Errors
+    /// [`RunnerError::OutOfMemory`] where the same batch in smaller pieces may work,
+    /// [`RunnerError::Forward`] otherwise.
+    fn step(&mut self, batch: &StepBatch<'_>, logits: &mut Logits) -> Result<(), RunnerError>;
+}
+
+/// Counts units of work that the compute thread has finished (a layer of a step). It moves whenever
+/// work is done, so one that stands still while work is running means a hung engine.
+#[derive(Clone, Debug, Default)]
+pub struct StepCounter(Arc<AtomicU64>);
+
+impl StepCounter {
+    /// One more unit of work is done.
+    pub fn advance(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Units of work done so far.
+    pub fn get(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}

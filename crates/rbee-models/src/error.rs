@@ -1,0 +1,43 @@
+//! What can go wrong between a folder and a runner.
+
+use std::path::PathBuf;
+
+/// A model that cannot be loaded.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The folder is not there.
+    #[error("there is no model at {}", .0.display())]
+    NotFound(PathBuf),
+    /// A file cannot be read.
+    #[error("cannot read {}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        source: std::io::Error,
+    },
+    /// A file is not what it may be: a link that leads out, a pipe, a device.
+    #[error("{} is refused: {problem}", path.display())]
+    Refused {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        problem: &'static str,
+    },
+    /// The files are damaged, contradict each other, or ask for what this build does not do.
+    #[error(transparent)]
+    Files(#[from] rbee_weights::Error),
+    /// A tensor could not be made.
+    #[error("cannot make a tensor of {what}")]
+    Tensor {
+        /// Which.
+        what: String,
+        /// Why.
+        #[source]
+        source: candle_core::Error,
+    },
+    /// An option does not fit the model.
+    #[error("{0}")]
+    Option(String),
+}

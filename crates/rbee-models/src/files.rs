@@ -1,0 +1,175 @@
+//! The files of a model: a folder on disk, or bytes inside the program.
+//!
+//! Every file must be a regular one. A link may lead only below the folder itself or, in a snapshot of the hub's cache
+//! layout, into the same repository's `blobs/`.
+
+use std::borrow::Cow;
+use std::fs::File;
+use std::os::unix::fs::OpenOptionsExt;
+use std::path::{Path, PathBuf};
+
+use memmap2::Mmap;
+
+use crate::error::Error;
+
+/// Largest of the small files that are read whole, in bytes.
+const MAX_SMALL: u64 = 64 << 20;
+
+/// Opens without blocking on a pipe that nobody writes to.
+const O_NONBLOCK: i32 = 0o4000;
+
+/// The files of a model.
+#[derive(Clone, Debug)]
+pub enum ModelFiles {
+    /// A folder.
+    Folder(PathBuf),
+    /// Files inside the program, by name.
+    Builtin(&'static [(&'static str, &'static [u8])]),
+}
+
+/// The bytes of a weight file, mapped or inside the program.
+pub enum WeightBytes {
+    /// Mapped from disk.
+    Mapped(Mmap),
+    /// Inside the program.
+    Static(&'static [u8]),
+}
+
+impl std::ops::Deref for WeightBytes {
+    type Target = [u8];
+    fn deref(&self) -> &[u8] {
+        match self {
+            Self::Mapped(map) => map,
+            Self::Static(bytes) => bytes,
+        }
+    }
+}
+
+impl ModelFiles {
+    /// The folder at this path.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when there is none.
+    pub fn folder(path: &Path) -> Result<Self, Error> {
+        match path.canonicalize() {
+            Ok(path) if path.is_dir() => Ok(Self::Folder(path)),
+            Ok(path) => Err(Error::Refused { path, problem: "it is not a folder of model files" }),
+            Err(_) => Err(Error::NotFound(path.to_owned())),
+        }
+    }
+
+    /// A small file, or `None` when it is not there.
+    ///
+    /// # Errors
+    /// [`Error::Read`], [`Error::Refused`].
+    pub fn small(&self, name: &str) -> Result<Option<Cow<'static, [u8]>>, Error> {
+        match self {
+            Self::Builtin(files) => {
+                Ok(files.iter().find(|(file, _)| *file == name).map(|(_, bytes)| Cow::Borrowed(*bytes)))
+            }
+            Self::Folder(folder) => {
+                let Some((path, file)) = open(folder, name)? else { return Ok(None) };
+                let len = file.metadata().map_err(|source| Error::Read { path: path.clone(), source })?.len();
+                if len > MAX_SMALL {
+                    return Err(Error::Refused { path, problem: "it is larger than any such file" });
+                }
+                let mut bytes = Vec::new();
+                std::io::Read::read_to_end(&mut std::io::Read::take(file, MAX_SMALL), &mut bytes)
+                    .map_err(|source| Error::Read { path, source })?;
+                Ok(Some(Cow::Owned(bytes)))
+            }
+        }
+    }
+
+    /// A small file that must be there.
+    ///
+    /// # Errors
+    /// As [`ModelFiles::small`]; `Missing` when it is not there.
+    pub fn required(&self, name: &str) -> Result<Cow<'static, [u8]>, Error> {
+        self.small(name)?.ok_or_else(|| rbee_weights::Error::Missing(name.into()).into())
+    }
+
+    /// A weight file, mapped; `None` when it is not there.
+    ///
+    /// # Errors
+    /// [`Error::Read`], [`Error::Refused`].
+    pub fn weights(&self, name: &str) -> Result<Option<WeightBytes>, Error> {
+        match self {
+            Self::Builtin(files) => {
+                Ok(files.iter().find(|(file, _)| *file == name).map(|(_, bytes)| WeightBytes::Static(bytes)))
+            }
+            Self::Folder(folder) => {
+                let Some((path, file)) = open(folder, name)? else { return Ok(None) };
+                let map = map(&file).map_err(|source| Error::Read { path, source })?;
+                Ok(Some(WeightBytes::Mapped(map)))
+            }
+        }
+    }
+}
+
+#[expect(unsafe_code, reason = "memory maps are unsafe by their nature")]
+fn map(file: &File) -> std::io::Result<Mmap> {
+    // SAFETY: the map is only read, and only while weights are packed at load. A file that somebody cuts short
+    // meanwhile ends this worker with SIGBUS and nothing else: files are parsed in workers for that reason.
+    unsafe { Mmap::map(file) }
+}
+
+fn open(folder: &Path, name: &str) -> Result<Option<(PathBuf, File)>, Error> {
+    let path = folder.join(name);
+    let real = match path.canonicalize() {
+        Ok(real) => real,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
+        Err(source) => return Err(Error::Read { path, source }),
+    };
+    if !real.starts_with(folder) && !blobs_of(folder).is_some_and(|blobs| real.starts_with(blobs)) {
+        return Err(Error::Refused { path, problem: "it is a link that leads out of the model's folder" });
+    }
+    let file = File::options()
+        .read(true)
+        .custom_flags(O_NONBLOCK)
+        .open(&real)
+        .map_err(|source| Error::Read { path: path.clone(), source })?;
+    let kind = file.metadata().map_err(|source| Error::Read { path: path.clone(), source })?;
+    if !kind.is_file() {
+        return Err(Error::Refused { path, problem: "it is not a regular file" });
+    }
+    Ok(Some((path, file)))
+}
+
+/// `models--org--name/blobs` for a folder `models--org--name/snapshots/REVISION`.
+fn blobs_of(folder: &Path) -> Option<PathBuf> {
+    let snapshots = folder.parent().filter(|parent| parent.file_name().is_some_and(|name| name == "snapshots"))?;
+    let repository = snapshots.parent()?;
+    let named = repository.file_name()?.to_str()?.starts_with("models--");
+    named.then(|| repository.join("blobs"))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    #[test]
+    fn only_regular_files_of_the_model_itself_are_opened() {
+        let root = tempfile::tempdir().unwrap();
+        let repository = root.path().join("models--a--b");
+        let folder = repository.join("snapshots/1");
+        std::fs::create_dir_all(&folder).unwrap();
+        std::fs::create_dir_all(repository.join("blobs")).unwrap();
+        std::fs::write(repository.join("blobs/x"), "good").unwrap();
+        std::fs::write(root.path().join("secret"), "bad").unwrap();
+        symlink("../../blobs/x", folder.join("linked")).unwrap();
+        symlink("../../../secret", folder.join("out")).unwrap();
+        std::fs::create_dir(folder.join("folder")).unwrap();
+        let pipe = std::ffi::CString::new(folder.join("pipe").to_str().unwrap()).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(pipe.to_str().unwrap()).status().unwrap().success());
+        let files = ModelFiles::folder(&folder).unwrap();
+        assert_eq!(files.small("linked").unwrap().unwrap().as_ref(), b"good");
+        assert!(files.small("absent").unwrap().is_none());
+        for name in ["out", "folder", "pipe"] {
+            assert!(matches!(files.small(name), Err(Error::Refused { .. })), "{name}");
+        }
+        assert!(matches!(ModelFiles::folder(&root.path().join("none")), Err(Error::NotFound(_))));
+    }
+}

@@ -1,0 +1,25 @@
+//! Decoder models on candle behind the engine's [`ModelRunner`](rbee_engine::ModelRunner).
+//!
+//! [`files`] opens a model's folder and trusts nothing in it; [`loader`] turns checked bytes into packed weights;
+//! [`decoder`] is the one parametric decoder; [`runner`] drives it over paged KV. Start with [`load`].
+//!
+//! Invariants
+//! - A row's logits depend on that row's tokens alone: not on the batch, the chunking, the threads or the KV blocks it
+//!   was given.
+//! - K and V are rounded to the cache's type before anything reads them, also within the chunk that makes them.
+
+pub mod files;
+
+mod decoder;
+mod error;
+mod kv;
+mod loader;
+mod runner;
+
+pub use error::Error;
+pub use files::ModelFiles;
+pub use kv::KvType;
+pub use loader::inspect;
+pub use rbee_weights::config::GenerationDefaults;
+pub use rbee_weights::needs::Needs;
+pub use runner::{CandleRunner, RunnerOptions, load};

@@ -1,0 +1,199 @@
+//! The runner: a decoder, its KV and its options behind the engine's seam.
+
+use std::sync::Mutex;
+
+use candle_core::Tensor;
+use half::{bf16, f16};
+use rbee_engine::runner::{Logits, LogitsWanted, ModelLimits, ModelRunner, RunnerError, StepBatch, StepCounter};
+use rbee_kernels::Isa;
+use rbee_kernels::candle::Compute;
+use rbee_kernels::ops::PARTIAL;
+use rbee_weights::config::{GenerationDefaults, ModelConfig};
+use rbee_weights::needs::Needs;
+use sha2::{Digest, Sha256};
+
+use crate::decoder::{Decoder, Pass, RopeTable, rows};
+use crate::error::Error;
+use crate::files::ModelFiles;
+use crate::kv::{KvElement, KvStore, KvType};
+use crate::loader::{self, Opened};
+
+/// Positions of a KV block.
+const BLOCK: usize = 16;
+
+/// Rises with every change of the arithmetic: it is part of the numerics id.
+const NUMERICS: u32 = 1;
+
+/// How a model is loaded.
+#[derive(Clone, Debug)]
+pub struct RunnerOptions {
+    /// Compute threads.
+    pub threads: usize,
+    /// Sequences that must have room for a whole context each.
+    pub slots: usize,
+    /// Most tokens of one sequence; the model's own, but at most 4096, unless given.
+    pub context: Option<usize>,
+    /// Type of the KV cache; the weights' own unless given.
+    pub kv_type: Option<KvType>,
+    /// Instruction set to use instead of the widest: `avx2` or `scalar`.
+    pub isa: Option<String>,
+}
+
+/// A loaded model.
+pub struct CandleRunner {
+    limits: ModelLimits,
+    config: ModelConfig,
+    decoder: Decoder,
+    rope: RopeTable,
+    compute: Compute,
+    kv: Kv,
+    steps: StepCounter,
+    generation: GenerationDefaults,
+    needs: Needs,
+    digest: String,
+    numerics_id: String,
+}
+
+/// KV of one of the types.
+enum Kv {
+    F32(Mutex<KvStore<f32>>),
+    F16(Mutex<KvStore<f16>>),
+    Bf16(Mutex<KvStore<bf16>>),
+}
+
+/// Loads a model. `steps` advances with each layer of each step; `progress` is told bytes done and bytes in all.
+///
+/// # Errors
+/// Whatever is wrong with the files or the options.
+pub fn load(
+    files: &ModelFiles,
+    options: &RunnerOptions,
+    steps: &StepCounter,
+    progress: &dyn Fn(u64, u64),
+) -> Result<CandleRunner, Error> {
+    let opened: Opened = loader::open(files)?;
+    let context = opened.context(options.context)?;
+    let kv_type = opened.kv_type(options.kv_type);
+    let needs = opened.needs(context, options.slots, Some(kv_type));
+    let compute = Compute::new(options.threads.max(1), Isa::detect(options.isa.as_deref()));
+    let decoder = opened.decoder(&compute, progress)?;
+    let digest = opened.digest();
+    let Opened { config, generation, .. } = opened;
+    let blocks = context.div_ceil(BLOCK) * options.slots;
+    let (layers, heads, dim) = (config.layers, config.kv_heads, config.head_dim);
+    let kv = match kv_type {
+        KvType::F32 => Kv::F32(Mutex::new(KvStore::new(layers, blocks, BLOCK, heads, dim))),
+        KvType::F16 => Kv::F16(Mutex::new(KvStore::new(layers, blocks, BLOCK, heads, dim))),
+        KvType::Bf16 => Kv::Bf16(Mutex::new(KvStore::new(layers, blocks, BLOCK, heads, dim))),
+    };
+    // All instruction sets give the same bits, so none is part of the id.
+    let facts = format!("{NUMERICS} {} {digest} f32 {kv_type:?} {PARTIAL}", env!("CARGO_PKG_VERSION"));
+    let numerics_id = Sha256::digest(facts).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    Ok(CandleRunner {
+        limits: ModelLimits { vocab: config.vocab, context, block_size: BLOCK, kv_blocks: blocks },
+        rope: RopeTable::new(&config, context),
+        config,
+        decoder,
+        compute,
+        kv,
+        steps: steps.clone(),
+        generation,
+        needs,
+        digest,
+        numerics_id,
+    })
+}
+
+impl CandleRunner {
+    /// Sampling defaults and end tokens of the model's own files.
+    pub fn generation(&self) -> &GenerationDefaults {
+        &self.generation
+    }
+
+    /// Tokens that end a text: those of `generation_config.json`, else of `config.json`.
+    pub fn eos(&self) -> &[u32] {
+        if self.generation.eos.is_empty() { &self.config.eos } else { &self.generation.eos }
+    }
+
+    /// Bytes by the estimate.
+    pub fn needs(&self) -> &Needs {
+        &self.needs
+    }
+
+    /// Digest of the weights.
+    pub fn digest(&self) -> &str {
+        &self.digest
+    }
+
+    /// Two runners of the same id give the same logits bit for bit.
+    pub fn numerics_id(&self) -> &str {
+        &self.numerics_id
+    }
+
+    fn forward<T: KvElement>(&self, kv: &Mutex<KvStore<T>>, batch: &StepBatch<'_>) -> candle_core::Result<Tensor> {
+        let rows = rows(&batch.chunks);
+        let pass = Pass {
+            config: &self.config,
+            compute: &self.compute,
+            rope: &self.rope,
+            kv,
+            rows: &rows,
+            steps: &self.steps,
+        };
+        self.decoder.forward(&pass)
+    }
+
+    /// Refuses a batch that would read or write outside what there is: the engine never makes one.
+    fn check(&self, batch: &StepBatch<'_>) -> Result<(), RunnerError> {
+        let ModelLimits { vocab, context, block_size, kv_blocks } = self.limits;
+        for chunk in &batch.chunks {
+            let end = chunk.start + chunk.tokens.len();
+            let sound = !chunk.tokens.is_empty()
+                && end <= context
+                && chunk.blocks.len() * block_size >= end
+                && chunk.blocks.iter().all(|block| (block.0 as usize) < kv_blocks)
+                && chunk.tokens.iter().all(|&token| (token as usize) < vocab);
+            if !sound {
+                return Err(RunnerError::Forward(format!("a chunk at {}..{end} is not sound", chunk.start)));
+            }
+        }
+        Ok(())
+    }
+}
+
+impl ModelRunner for CandleRunner {
+    fn limits(&self) -> &ModelLimits {
+        &self.limits
+    }
+
+    fn step(&mut self, batch: &StepBatch<'_>, logits: &mut Logits) -> Result<(), RunnerError> {
+        self.check(batch)?;
+        let failed = |error: candle_core::Error| RunnerError::Forward(error.to_string());
+        let hidden = match &self.kv {
+            Kv::F32(kv) => self.forward(kv, batch),
+            Kv::F16(kv) => self.forward(kv, batch),
+            Kv::Bf16(kv) => self.forward(kv, batch),
+        }
+        .map_err(failed)?;
+        let mut row = 0u32;
+        let mut wanted = Vec::new();
+        for chunk in &batch.chunks {
+            row += chunk.tokens.len() as u32;
+            if chunk.logits == LogitsWanted::Last {
+                wanted.push(row - 1);
+            }
+        }
+        logits.resize(wanted.len(), self.limits.vocab);
+        if wanted.is_empty() {
+            return Ok(());
+        }
+        let count = wanted.len();
+        let picked = Tensor::from_vec(wanted, count, hidden.device())
+            .and_then(|rows| hidden.index_select(&rows, 0))
+            .and_then(|rows| self.decoder.logits(&rows))
+            .and_then(|rows| rows.flatten_all()?.to_vec1::<f32>())
+            .map_err(failed)?;
+        logits.as_mut_slice().copy_from_slice(&picked);
+        Ok(())
+    }
+}

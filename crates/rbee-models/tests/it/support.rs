@@ -1,0 +1,73 @@
+//! Runners and greedy decoding for the tests.
+
+use std::path::{Path, PathBuf};
+
+use rbee_engine::StepCounter;
+use rbee_engine::runner::{BlockId, Chunk, Logits, LogitsWanted, ModelRunner, StepBatch};
+use rbee_models::{CandleRunner, KvType, ModelFiles, RunnerOptions, load};
+
+/// The repository's own model.
+pub fn tinybee() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tinybee/model")
+}
+
+pub fn options() -> RunnerOptions {
+    RunnerOptions { threads: 1, slots: 4, context: None, kv_type: None, isa: None }
+}
+
+pub fn runner(folder: &Path, options: &RunnerOptions) -> CandleRunner {
+    load(&ModelFiles::folder(folder).unwrap(), options, &StepCounter::default(), &|_, _| ()).unwrap()
+}
+
+pub fn with_kv(kv_type: KvType) -> RunnerOptions {
+    RunnerOptions { kv_type: Some(kv_type), ..options() }
+}
+
+/// Blocks `first`, `first + stride`, …: enough for `positions`.
+pub fn blocks(first: u32, stride: u32, positions: usize) -> Vec<BlockId> {
+    (0..positions.div_ceil(16) as u32).map(|i| BlockId(first + i * stride)).collect()
+}
+
+/// The last row's logits after computing `tokens` in chunks of these lengths (the rest in one).
+pub fn logits(runner: &mut CandleRunner, tokens: &[u32], cuts: &[usize], blocks: &[BlockId]) -> Vec<f32> {
+    let mut out = Logits::default();
+    let mut start = 0;
+    let mut cuts = cuts.iter().copied();
+    while start < tokens.len() {
+        let len = cuts.next().unwrap_or(usize::MAX).clamp(1, tokens.len() - start);
+        let chunk = Chunk { tokens: &tokens[start..start + len], start, blocks, logits: LogitsWanted::Last };
+        runner.step(&StepBatch { chunks: vec![chunk] }, &mut out).unwrap();
+        start += len;
+    }
+    out.row(0).to_vec()
+}
+
+/// The likeliest token, ties to the lowest id.
+pub fn argmax(row: &[f32]) -> u32 {
+    let mut best = 0;
+    for (id, value) in row.iter().enumerate() {
+        if *value > row[best] {
+            best = id;
+        }
+    }
+    best as u32
+}
+
+/// Greedy continuation of a prompt, up to `n` tokens or an end token.
+pub fn greedy(runner: &mut CandleRunner, prompt: &[u32], n: usize) -> Vec<u32> {
+    let blocks = blocks(0, 1, prompt.len() + n);
+    let mut out = Logits::default();
+    let mut tokens = prompt.to_vec();
+    let mut start = 0;
+    while tokens.len() < prompt.len() + n {
+        let chunk = Chunk { tokens: &tokens[start..], start, blocks: &blocks, logits: LogitsWanted::Last };
+        runner.step(&StepBatch { chunks: vec![chunk] }, &mut out).unwrap();
+        start = tokens.len();
+        let next = argmax(out.row(0));
+        tokens.push(next);
+        if runner.eos().contains(&next) {
+            break;
+        }
+    }
+    tokens.split_off(prompt.len())
+}

@@ -1,0 +1,34 @@
+//! Bytes that a model needs, from its own header and config.
+
+use crate::config::ModelConfig;
+
+/// What a load needs on its device, in bytes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct Needs {
+    /// Weights.
+    pub weights: u64,
+    /// KV of one token.
+    pub kv_per_token: u64,
+    /// KV in all.
+    pub kv: u64,
+    /// Working memory of a step, and the process itself.
+    pub scratch: u64,
+    /// All of it.
+    pub total: u64,
+    /// Most tokens of one sequence.
+    pub context: u64,
+}
+
+/// Bytes of the process without a model: code, server, threads.
+const PROCESS: u64 = 24 << 20;
+
+/// What a model of this config needs with weights of `weights` bytes, KV elements of `kv_size` bytes, room for
+/// `positions` positions and steps of `step_tokens` tokens.
+pub fn needs(config: &ModelConfig, weights: u64, kv_size: u64, context: u64, positions: u64, step_tokens: u64) -> Needs {
+    let kv_per_token = 2 * (config.layers * config.kv_heads * config.head_dim) as u64 * kv_size;
+    let widest = config.hidden * 3 + config.intermediate * 2 + (config.heads * 2 + config.kv_heads * 2) * config.head_dim;
+    let rope = config.head_dim as u64 * 4 * context;
+    let scratch = PROCESS + rope + step_tokens * 4 * widest as u64 + step_tokens.min(64) * 4 * config.vocab as u64;
+    let kv = kv_per_token * positions;
+    Needs { weights, kv_per_token, kv, scratch, total: weights + kv + scratch, context }
+}
