@@ -1,0 +1,151 @@
+//! A loaded model: an engine, and the text side of its tokens.
+
+mod cpu;
+mod sim;
+
+use rbee_engine::{
+    Engine, EngineConfig, EngineHandle, ModelRunner, OutputText, Request, Sampling, StepCounter, TokenId,
+};
+use rbee_wire::job::Generation;
+use rbee_wire::worker::{LoadProgress, WorkerCharge, WorkerMemory};
+use rbee_wire::{ErrorBody, ErrorCode};
+
+use crate::args::{Backend, Cli};
+
+pub use cpu::inspect;
+
+/// Requests generated for at once, unless the charge says otherwise.
+pub const DEFAULT_SLOTS: u32 = 8;
+
+/// Sequences that may wait in the engine: the queen counts its own dispatches, so only a race of two callers or
+/// a request of many choices ever waits here.
+const ENGINE_QUEUE: usize = 64;
+
+/// Tokens of one prompt in one step: small enough that others' tokens keep coming, large enough to use the cores.
+const PREFILL_CHUNK: usize = 256;
+
+/// What the heartbeat says of a loaded model.
+#[derive(Clone, Debug, Default)]
+pub struct Facts {
+    /// Bytes on the device; `total` is measured anew each time.
+    pub memory: WorkerMemory,
+    /// Two workers of the same numerics id give the same tokens.
+    pub numerics_id: Option<String>,
+    /// Digest of the weights.
+    pub fingerprint: Option<String>,
+    /// Whether a row's bits depend on that row alone.
+    pub row_invariant: bool,
+}
+
+/// Sampling that the model's own files ask for.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct SamplingDefaults {
+    /// Temperature, 1.0 unless given.
+    pub temperature: Option<f32>,
+    /// Top-p, 1.0 unless given.
+    pub top_p: Option<f32>,
+    /// Top-k, all unless given.
+    pub top_k: Option<u32>,
+    /// Repetition penalty, 1.0 unless given.
+    pub repetition_penalty: Option<f32>,
+}
+
+/// A prompt as tokens, and what its sender should know.
+pub struct Encoded {
+    /// The tokens.
+    pub prompt: Vec<TokenId>,
+    /// A sentence for a `note` event.
+    pub note: Option<String>,
+    /// Whether the answer goes on with the prompt's own text.
+    pub continues: bool,
+}
+
+/// Tokens to text and back.
+pub trait TextSide: Send + Sync {
+    /// The prompt's tokens, with the chat template where one applies.
+    fn encode(&self, generation: &Generation) -> Result<Encoded, ErrorBody>;
+    /// The tokens of a text as it stands.
+    fn tokenize(&self, text: &str) -> Result<Vec<TokenId>, ErrorBody>;
+    /// A fresh output with these stop texts.
+    fn output(&self, stop: &[String], continues: bool) -> Result<Box<dyn OutputText>, ErrorBody>;
+    /// The text of one token alone.
+    fn token_text(&self, id: TokenId) -> String;
+    /// Tokens that end a text.
+    fn eos(&self) -> &[TokenId];
+    /// What the model's own files ask for.
+    fn defaults(&self) -> &SamplingDefaults;
+}
+
+/// A model that serves.
+pub struct Loaded {
+    /// The engine.
+    pub engine: EngineHandle,
+    /// The text side.
+    pub text: Box<dyn TextSide>,
+    /// What the heartbeat says.
+    pub facts: Facts,
+}
+
+/// What a backend makes of a charge.
+struct Parts {
+    runner: Box<dyn ModelRunner>,
+    text: Box<dyn TextSide>,
+    facts: Facts,
+}
+
+/// Loads the model and runs a warm-up step, so that what follows is served at once. Blocks.
+///
+/// # Errors
+/// The error that the worker ends with.
+pub fn load(cli: &Cli, charge: &WorkerCharge, progress: &dyn Fn(LoadProgress)) -> Result<Loaded, ErrorBody> {
+    let slots = charge.slots.unwrap_or(DEFAULT_SLOTS) as usize;
+    let steps = StepCounter::default();
+    progress(LoadProgress { stage: "load".into(), done: 0, total: 0, unit: "bytes".into() });
+    let Parts { runner, text, facts } = match cli.backend {
+        Backend::Cpu => cpu::load(charge, slots, &steps, progress)?,
+        Backend::Sim => sim::load(cli, charge, slots, &steps, progress)?,
+    };
+    let config = EngineConfig {
+        slots,
+        step_tokens: slots + PREFILL_CHUNK,
+        prefill_chunk: PREFILL_CHUNK,
+        queue: ENGINE_QUEUE.max(slots),
+    };
+    let failed = |error: &dyn std::fmt::Display| {
+        ErrorBody::new(ErrorCode::ModelLoadFailed, format!("the model was read but its engine did not start: {error}"))
+    };
+    let mut engine = Engine::new(runner, config).map_err(|error| failed(&error))?;
+    progress(LoadProgress { stage: "warm_up".into(), done: 0, total: 1, unit: "steps".into() });
+    warm_up(&mut engine, text.as_ref())?;
+    let engine = EngineHandle::start(engine, steps).map_err(|error| failed(&error))?;
+    Ok(Loaded { engine, text, facts })
+}
+
+/// One token of a short prompt through the whole engine: touches every weight, and shows weights that are not
+/// numbers before anybody relies on them.
+fn warm_up(engine: &mut Engine, text: &dyn TextSide) -> Result<(), ErrorBody> {
+    use rbee_engine::{Choice, Output};
+    let request = Request {
+        prompt: vec![0; 4],
+        max_tokens: Some(2),
+        min_tokens: 0,
+        eos: Vec::new(),
+        ignore_eos: true,
+        sampling: Sampling { temperature: 0.0, ..Sampling::default() },
+        logprobs: None,
+        choices: vec![Choice { text: text.output(&[], false)?, resume: Vec::new() }],
+    };
+    let corrupt = |why: &dyn std::fmt::Display| {
+        ErrorBody::new(ErrorCode::ModelCorrupt, format!("the model cannot compute one token: {why}"))
+    };
+    engine.submit(request).map_err(|error| corrupt(&error))?;
+    let mut outputs = Vec::new();
+    while engine.has_work() {
+        engine.step(&mut outputs);
+    }
+    match outputs.pop() {
+        Some((_, Output::Done { .. })) => Ok(()),
+        Some((_, Output::Failed(error))) => Err(corrupt(&error)),
+        _ => Err(corrupt(&"the engine stopped without an answer")),
+    }
+}

@@ -1,0 +1,239 @@
+//! The model itself, on the CPU.
+
+use std::path::Path;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use rbee_engine::{OutputText, Pushed, StepCounter, TokenId};
+use rbee_models::{Error, KvType, ModelFiles, Needs, RunnerOptions};
+use rbee_tokenizer::{
+    Chat, ChatTemplate, Controls, Error as TextError, GenerationPrompt, Specials, Start, StopMatcher, TextStream,
+    Tokenizer, TokenizerConfig, message,
+};
+use rbee_wire::job::Generation;
+use rbee_wire::worker::{LoadProgress, WorkerCharge, WorkerMemory};
+use rbee_wire::{ErrorBody, ErrorCode, ModelRef};
+use serde_json::{Map, Value};
+
+use super::{Encoded, Facts, Parts, SamplingDefaults, TextSide};
+
+macro_rules! tinybee {
+    ($($name:literal),*) => {
+        &[$(($name, include_bytes!(concat!("../../../../tinybee/model/", $name)))),*]
+    };
+}
+
+/// The model that ships inside the worker.
+static TINYBEE: &[(&str, &[u8])] =
+    tinybee!("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors");
+
+fn files(model: &ModelRef) -> Result<ModelFiles, ErrorBody> {
+    match model {
+        ModelRef::Tinybee => Ok(ModelFiles::Builtin(TINYBEE)),
+        ModelRef::Path(path) if path.ends_with(".gguf") => {
+            Err(ErrorBody::new(ErrorCode::NotImplemented, format!("{path}: GGUF files are not read by this build")))
+        }
+        ModelRef::Path(path) => ModelFiles::folder(Path::new(path)).map_err(|error| files_error(model, &error)),
+        ModelRef::Hub { .. } | ModelRef::Alias(_) => {
+            Err(ErrorBody::new(ErrorCode::ModelNotFound, format!("{model} is not a folder on this machine")))
+        }
+    }
+}
+
+/// The error of a model's files as the wire has it.
+fn files_error(model: &ModelRef, error: &Error) -> ErrorBody {
+    let source = std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default();
+    let message = format!("{model} cannot be loaded: {error}{source}");
+    let corrupt = "export or fetch the folder again; it needs config.json, tokenizer.json and model.safetensors";
+    match error {
+        Error::NotFound(_) => ErrorBody::new(ErrorCode::ModelNotFound, message),
+        Error::Files(inner) => match inner {
+            rbee_models::FileError::Unsupported { .. } => ErrorBody::new(ErrorCode::ModelLoadFailed, message)
+                .with_hint("this build runs Llama models in f32, f16 or bf16"),
+            _ => ErrorBody::new(ErrorCode::ModelCorrupt, message).with_hint(corrupt),
+        },
+        Error::Refused { .. } | Error::Tensor { .. } => {
+            ErrorBody::new(ErrorCode::ModelCorrupt, message).with_hint(corrupt)
+        }
+        Error::Read { .. } => {
+            ErrorBody::new(ErrorCode::ModelLoadFailed, message).with_hint("check the folder's permissions")
+        }
+        Error::Option(_) => ErrorBody::new(ErrorCode::InvalidRequest, message),
+    }
+}
+
+fn text_error(model: &ModelRef, error: &TextError) -> ErrorBody {
+    let code = match error {
+        TextError::Unsupported { .. } => ErrorCode::ModelLoadFailed,
+        _ => ErrorCode::ModelCorrupt,
+    };
+    ErrorBody::new(code, format!("{model} cannot be loaded: {error}"))
+}
+
+fn kv_type(text: Option<&str>) -> Result<Option<KvType>, ErrorBody> {
+    let parsed = text.map(str::parse).transpose();
+    parsed.map_err(|error: Error| ErrorBody::new(ErrorCode::InvalidRequest, error.to_string()))
+}
+
+/// What a model needs in memory, without loading it.
+///
+/// # Errors
+/// When its files cannot be used.
+pub fn inspect(model: &ModelRef, ctx: Option<u32>, slots: u32, kv: Option<&str>) -> Result<Needs, ErrorBody> {
+    let files = files(model)?;
+    rbee_models::inspect(&files, ctx.map(|ctx| ctx as usize), slots as usize, kv_type(kv)?)
+        .map_err(|error| files_error(model, &error))
+}
+
+/// Cores of this machine that compute well: without a second hardware thread of the same core.
+fn physical_cores() -> usize {
+    let logical = std::thread::available_parallelism().map_or(1, usize::from);
+    let text = std::fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let mut cores = std::collections::HashSet::new();
+    let mut package = "";
+    for line in text.lines() {
+        if let Some((key, value)) = line.split_once(':') {
+            match key.trim() {
+                "physical id" => package = value.trim(),
+                "core id" => drop(cores.insert((package, value.trim()))),
+                _ => {}
+            }
+        }
+    }
+    if cores.is_empty() { logical } else { cores.len().min(logical) }
+}
+
+pub(super) fn load(
+    charge: &WorkerCharge,
+    slots: usize,
+    steps: &StepCounter,
+    progress: &dyn Fn(LoadProgress),
+) -> Result<Parts, ErrorBody> {
+    if charge.device.as_str() != "cpu" {
+        return Err(crate::charge::no_cuda());
+    }
+    let model = &charge.model;
+    let files = files(model)?;
+    let options = RunnerOptions {
+        threads: charge.threads.map_or_else(physical_cores, |threads| threads as usize),
+        slots,
+        context: charge.ctx.map(|ctx| ctx as usize),
+        kv_type: kv_type(charge.kv_type.as_deref())?,
+        isa: std::env::var("RBEE_ISA").ok(),
+    };
+    let failed = |error: Error| files_error(model, &error);
+    // The tokenizer first: it is small, and a folder without one is refused before gigabytes are read.
+    let tokenizer_bytes = files.required("tokenizer.json").map_err(failed)?;
+    let runner = rbee_models::load(&files, &options, steps, &|done, total| {
+        progress(LoadProgress { stage: "load".into(), done, total, unit: "bytes".into() });
+    })
+    .map_err(failed)?;
+    let text = |error: TextError| text_error(model, &error);
+    let config = match files.small("tokenizer_config.json").map_err(failed)? {
+        Some(bytes) => TokenizerConfig::from_json(&bytes).map_err(text)?,
+        None => TokenizerConfig::default(),
+    };
+    let jinja = files.small("chat_template.jinja").map_err(failed)?;
+    let template = ChatTemplate::load(&config, jinja.as_deref()).map_err(text)?;
+    let eos = runner.eos().to_vec();
+    let tokenizer = Tokenizer::from_json(&tokenizer_bytes).and_then(|t| t.with_control_ids(&eos)).map_err(text)?;
+    tokenizer.check_fits(rbee_engine::ModelRunner::limits(&runner).vocab).map_err(text)?;
+    let generation = runner.generation();
+    let defaults = SamplingDefaults {
+        temperature: generation.temperature,
+        top_p: generation.top_p,
+        top_k: generation.top_k,
+        repetition_penalty: generation.repetition_penalty,
+    };
+    let needs = *runner.needs();
+    let facts = Facts {
+        memory: WorkerMemory { weights: needs.weights, kv: needs.kv, total: 0 },
+        numerics_id: Some(runner.numerics_id().to_owned()),
+        fingerprint: Some(runner.digest().to_owned()),
+        row_invariant: true,
+    };
+    let side = ModelText { tokenizer, template, eos, defaults };
+    Ok(Parts { runner: Box::new(runner), text: Box::new(side), facts })
+}
+
+struct ModelText {
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+    eos: Vec<TokenId>,
+    defaults: SamplingDefaults,
+}
+
+fn refused(error: &TextError) -> ErrorBody {
+    let code = match error {
+        TextError::Template(_) | TextError::TemplateRefused(_) => ErrorCode::TemplateError,
+        _ => ErrorCode::InvalidRequest,
+    };
+    ErrorBody::new(code, error.to_string())
+}
+
+impl TextSide for ModelText {
+    fn encode(&self, generation: &Generation) -> Result<Encoded, ErrorBody> {
+        let refused = |error: TextError| refused(&error);
+        let messages: Vec<Value> = match (&generation.messages, &generation.prompt, generation.raw) {
+            (Some(messages), _, _) => messages.iter().map(|m| message(&m.role, &m.content)).collect(),
+            (None, Some(prompt), Some(false)) => vec![message("user", prompt)],
+            (None, prompt, _) => {
+                // Who writes a raw prompt writes the template's own markers.
+                let text = prompt.as_deref().unwrap_or_default();
+                let prompt = self.tokenizer.encode_prompt(text, Specials::AsControl).map_err(refused)?;
+                return Ok(Encoded { prompt, note: None, continues: true });
+            }
+        };
+        if let Some(template) = &self.template {
+            let settings = generation.chat_template_kwargs.clone().unwrap_or_else(Map::new);
+            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+            let chat = Chat {
+                messages: &messages,
+                tools: &[],
+                settings: &settings,
+                generation_prompt: GenerationPrompt::Add,
+                now: i64::try_from(now).unwrap_or(0),
+            };
+            let prompt = self.tokenizer.encode_chat(template, &chat).map_err(refused)?;
+            return Ok(Encoded { prompt, note: None, continues: false });
+        }
+        let texts: Vec<&str> = messages.iter().filter_map(|message| message["content"].as_str()).collect();
+        let prompt = self.tokenizer.encode_prompt(&texts.join("\n\n"), Specials::AsText).map_err(refused)?;
+        let note = "the model has no chat template: the messages' text was sent as it stands".to_owned();
+        Ok(Encoded { prompt, note: Some(note), continues: true })
+    }
+
+    fn tokenize(&self, text: &str) -> Result<Vec<TokenId>, ErrorBody> {
+        self.tokenizer.encode(text, Specials::AsText).map_err(|error| refused(&error))
+    }
+
+    fn output(&self, stop: &[String], continues: bool) -> Result<Box<dyn OutputText>, ErrorBody> {
+        let stops = StopMatcher::new(stop).map_err(|error| refused(&error))?;
+        let start = if continues { Start::Continues } else { Start::Fresh };
+        Ok(Box::new(ModelOutput(TextStream::new(self.tokenizer.detokenizer(Controls::Hide, start), stops))))
+    }
+
+    fn token_text(&self, id: TokenId) -> String {
+        self.tokenizer.decode(&[id], Controls::Show)
+    }
+
+    fn eos(&self) -> &[TokenId] {
+        &self.eos
+    }
+
+    fn defaults(&self) -> &SamplingDefaults {
+        &self.defaults
+    }
+}
+
+struct ModelOutput(TextStream);
+
+impl OutputText for ModelOutput {
+    fn push(&mut self, id: TokenId) -> Pushed {
+        let rbee_tokenizer::Pushed { text, stopped } = self.0.push(id);
+        Pushed { text, stopped }
+    }
+
+    fn finish(&mut self) -> String {
+        self.0.finish()
+    }
+}

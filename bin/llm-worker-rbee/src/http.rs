@@ -1,0 +1,214 @@
+//! The worker's routes. Every one but `/health` asks for the bearer of the charge.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use axum::extract::{Path, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{delete, get, post};
+use axum::{Json, Router};
+use rbee_engine::Canceller;
+use rbee_service::{ApiError, Clock, Guard, JsonBytes, protect, sse};
+use rbee_wire::job::JobAccepted;
+use rbee_wire::view::InfoReply;
+use rbee_wire::worker::{InferenceRequest, ReadyReply, WorkerState};
+use rbee_wire::{ErrorBody, ErrorCode, JobId, routes};
+use serde_json::{Value, json};
+
+use crate::backend::Loaded;
+use crate::inference::{self, Inference};
+use crate::status::{Phase, Status};
+
+/// Inferences posted and not yet listened to, at most.
+const MAX_PARKED: usize = 256;
+
+/// How long a posted inference waits for its listener.
+const PARKED: Duration = Duration::from_secs(10);
+
+/// State of the routes.
+#[derive(Clone)]
+pub struct Api {
+    status: Status,
+    clock: Clock,
+    live: Arc<Mutex<Live>>,
+}
+
+#[derive(Default)]
+struct Live {
+    cancellers: HashMap<JobId, Canceller>,
+    parked: HashMap<JobId, Inference>,
+}
+
+/// The routes of a worker.
+pub fn router(status: Status, clock: Clock) -> Router {
+    let guard = Guard::bearer(&status.charge().bearer).with_public(&[routes::HEALTH]);
+    let router = Router::new()
+        .route(routes::HEALTH, get(|| async { Json(json!({ "ok": true })) }))
+        .route(routes::WORKER_READY, get(ready))
+        .route(routes::INFO, get(info))
+        .route(routes::INFERENCE, post(infer))
+        .route(routes::INFERENCE_ONE, delete(cancel))
+        .route(routes::INFERENCE_STREAM, get(listen))
+        .route(routes::TOKENIZE, post(tokenize))
+        .route(routes::DRAIN, post(drain))
+        .with_state(Api { status, clock, live: Arc::default() });
+    protect(router, guard)
+}
+
+async fn ready(State(api): State<Api>) -> Json<ReadyReply> {
+    let state = api.status.state();
+    let progress = match api.status.phase() {
+        Phase::Loading(progress) => Some(progress),
+        _ => None,
+    };
+    let ready = matches!(state, WorkerState::Ready | WorkerState::Busy);
+    Json(ReadyReply { ready, state, model: api.status.model().clone(), progress })
+}
+
+async fn info(State(api): State<Api>) -> Json<InfoReply> {
+    Json(InfoReply {
+        program: "llm-worker-rbee".into(),
+        version: env!("CARGO_PKG_VERSION").into(),
+        build: api.status.build().into(),
+        protocol: rbee_wire::PROTOCOL,
+        pid: std::process::id(),
+        uptime_ms: u64::try_from(api.clock.now().as_millis()).unwrap_or(u64::MAX),
+        incarnation: api.status.charge().incarnation.clone(),
+        home_proof: None,
+        features: vec!["cpu".into(), "sim".into()],
+    })
+}
+
+impl Api {
+    /// The engine, if a request sent now would be served.
+    fn serving(&self) -> Result<Arc<Loaded>, ErrorBody> {
+        match self.status.phase() {
+            Phase::Serving(loaded) => Ok(loaded),
+            Phase::Loading(_) => Err(ErrorBody::new(ErrorCode::ModelLoading, "the model is still being loaded")
+                .with_retry_after(Duration::from_secs(1))),
+            Phase::Draining(_) | Phase::Stopped => {
+                Err(ErrorBody::new(ErrorCode::Draining, "this worker finishes what it has and takes nothing new"))
+            }
+        }
+    }
+
+    fn live(&self) -> std::sync::MutexGuard<'_, Live> {
+        self.live.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The stream of an inference; its canceller is known until the stream ends.
+    fn stream(&self, inference: Inference) -> Response {
+        let known = Known { api: self.clone(), job: inference.job_id.clone() };
+        let events = inference.into_stream();
+        sse::infallible(async_stream_with(events, known))
+    }
+}
+
+/// Keeps `guard` for as long as the stream lives.
+fn async_stream_with<S: futures::Stream + Send>(
+    stream: S,
+    guard: impl Send,
+) -> impl futures::Stream<Item = S::Item> + Send {
+    use futures::StreamExt;
+    stream.map(move |item| {
+        let _held = &guard;
+        item
+    })
+}
+
+/// Forgets an inference when its stream is gone.
+struct Known {
+    api: Api,
+    job: JobId,
+}
+
+impl Drop for Known {
+    fn drop(&mut self) {
+        self.api.live().cancellers.remove(&self.job);
+        self.api.status.touch();
+    }
+}
+
+async fn infer(State(api): State<Api>, headers: HeaderMap, JsonBytes(body): JsonBytes) -> Result<Response, ApiError> {
+    let request: InferenceRequest = serde_json::from_slice(&body).map_err(|error| {
+        ErrorBody::new(ErrorCode::InvalidRequest, format!("the body is not an inference request: {error}"))
+    })?;
+    let loaded = api.serving()?;
+    let job_id = request.job_id.clone();
+    if api.live().cancellers.contains_key(&job_id) {
+        return Err(ErrorBody::new(ErrorCode::InvalidRequest, format!("job {job_id} runs here already")).into());
+    }
+    let status = api.status.clone();
+    // Tokenizing a long prompt takes milliseconds that other streams should not wait for; a short one is quicker done
+    // here than handed over.
+    let inference = if body.len() > 4096 {
+        tokio::task::spawn_blocking(move || inference::begin(&status, loaded, request))
+            .await
+            .unwrap_or_else(|_| Err(ErrorBody::new(ErrorCode::Internal, "the request ended its own preparation")))?
+    } else {
+        inference::begin(&status, loaded, request)?
+    };
+    api.live().cancellers.insert(job_id.clone(), inference.tokens.canceller());
+    let streams = headers.get(header::ACCEPT).is_some_and(|accept| accept.as_bytes().starts_with(b"text/event-stream"));
+    if streams {
+        return Ok(api.stream(inference));
+    }
+    {
+        let mut live = api.live();
+        if live.parked.len() >= MAX_PARKED {
+            live.cancellers.remove(&job_id);
+            return Err(ErrorBody::new(ErrorCode::Overloaded, "too many inferences wait for a listener").into());
+        }
+        live.parked.insert(job_id.clone(), inference);
+    }
+    let unclaimed = (api.clone(), job_id.clone());
+    tokio::spawn(async move {
+        tokio::time::sleep(PARKED).await;
+        let (api, job_id) = unclaimed;
+        let mut live = api.live();
+        if live.parked.remove(&job_id).is_some() {
+            live.cancellers.remove(&job_id);
+        }
+    });
+    let sse_url = routes::INFERENCE_STREAM.replace("{id}", job_id.as_str());
+    Ok((StatusCode::ACCEPTED, Json(JobAccepted { job_id, sse_url })).into_response())
+}
+
+fn unknown(id: &str) -> ErrorBody {
+    let shown: String = id.chars().take(64).collect();
+    ErrorBody::new(ErrorCode::JobNotFound, format!("no inference of job `{}` runs here", shown.escape_debug()))
+}
+
+async fn listen(State(api): State<Api>, Path(id): Path<String>) -> Result<Response, ApiError> {
+    let parked = JobId::new(&id).ok().and_then(|job| api.live().parked.remove(&job));
+    Ok(api.stream(parked.ok_or_else(|| unknown(&id))?))
+}
+
+async fn cancel(State(api): State<Api>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
+    let canceller = JobId::new(&id).ok().and_then(|job| api.live().cancellers.get(&job).cloned());
+    canceller.ok_or_else(|| unknown(&id))?.cancel();
+    Ok(Json(json!({ "cancelled": true })))
+}
+
+#[derive(serde::Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Tokenize {
+    text: String,
+}
+
+async fn tokenize(State(api): State<Api>, JsonBytes(body): JsonBytes) -> Result<Json<Value>, ApiError> {
+    let request: Tokenize = serde_json::from_slice(&body)
+        .map_err(|error| ErrorBody::new(ErrorCode::InvalidRequest, format!("the body is not {{\"text\"}}: {error}")))?;
+    let loaded = api.serving()?;
+    let tokens = tokio::task::spawn_blocking(move || loaded.text.tokenize(&request.text))
+        .await
+        .unwrap_or_else(|_| Err(ErrorBody::new(ErrorCode::Internal, "the text ended its own preparation")))?;
+    Ok(Json(json!({ "tokens": tokens })))
+}
+
+async fn drain(State(api): State<Api>) -> Json<Value> {
+    api.status.drain();
+    Json(json!({ "draining": true }))
+}

@@ -1,0 +1,218 @@
+//! One inference: the wire's request into the engine's, the engine's outputs into the wire's events.
+
+use std::sync::Arc;
+use std::task::Poll;
+
+use bytes::Bytes;
+use futures::Stream;
+use rbee_engine::{Choice, EngineError, Finish, Output, Overloaded, Request, Sampling, TokenStream};
+use rbee_service::random_hex;
+use rbee_wire::event::{
+    ChoiceEnd, Done, Event, FinishReason, NoteLevel, Started, Token, TokenLogprobs, TopLogprob, Usage,
+};
+use rbee_wire::job::Generation;
+use rbee_wire::worker::InferenceRequest;
+use rbee_wire::{ErrorBody, ErrorCode, JobId, ModelRef, WorkerId, sse};
+
+use crate::backend::{Loaded, SamplingDefaults};
+use crate::status::Status;
+
+/// An accepted inference, ready to be streamed.
+pub struct Inference {
+    /// The queen's job.
+    pub job_id: JobId,
+    /// The engine's outputs.
+    pub tokens: TokenStream,
+    facts: StreamFacts,
+}
+
+struct StreamFacts {
+    job_id: JobId,
+    worker_id: WorkerId,
+    model: ModelRef,
+    seed: u64,
+    note: Option<String>,
+    loaded: Arc<Loaded>,
+    status: Status,
+}
+
+/// Turns a request into tokens to come. Blocks for as long as tokenizing takes.
+///
+/// # Errors
+/// Whatever the request is refused for; nothing of it is kept then.
+pub fn begin(status: &Status, loaded: Arc<Loaded>, request: InferenceRequest) -> Result<Inference, ErrorBody> {
+    let InferenceRequest { job_id, generation, resume, .. } = request;
+    let encoded = loaded.text.encode(&generation)?;
+    let seed = match generation.seed {
+        Some(seed) => seed,
+        None => u64::from_str_radix(&random_hex(8), 16).expect("16 hexadecimal digits are a u64"),
+    };
+    let choices = generation.n.unwrap_or(1);
+    let resumed = match resume {
+        None => Vec::new(),
+        Some(_) if choices != 1 => {
+            return Err(ErrorBody::new(ErrorCode::InvalidRequest, "only a single answer can be resumed"));
+        }
+        Some(resume) => {
+            if loaded.facts.numerics_id.as_deref() != Some(resume.numerics_id.as_str()) {
+                return Err(ErrorBody::new(
+                    ErrorCode::InvalidRequest,
+                    "the answer was begun under another numerics id and cannot be resumed here exactly",
+                ));
+            }
+            resume.tokens
+        }
+    };
+    let mut outputs = Vec::new();
+    for _ in 0..choices {
+        let text = loaded.text.output(&generation.stop, encoded.continues)?;
+        outputs.push(Choice { text, resume: resumed.clone() });
+    }
+    let logprobs = generation.logprobs.unwrap_or(false).then(|| usize::from(generation.top_logprobs.unwrap_or(0)));
+    let request = Request {
+        prompt: encoded.prompt,
+        max_tokens: generation.max_tokens.map(|count| usize::try_from(count).unwrap_or(usize::MAX)),
+        min_tokens: generation.min_tokens.map_or(0, |count| usize::try_from(count).unwrap_or(usize::MAX)),
+        eos: loaded.text.eos().to_vec(),
+        ignore_eos: generation.ignore_eos.unwrap_or(false),
+        sampling: sampling(&generation, loaded.text.defaults(), seed),
+        logprobs,
+        choices: outputs,
+    };
+    let tokens = loaded.engine.submit(request).map_err(|error| engine_error(&EngineError::Overloaded(error)))?;
+    status.touch();
+    let facts = StreamFacts {
+        job_id: job_id.clone(),
+        worker_id: status.charge().worker_id.clone(),
+        model: status.model().clone(),
+        seed,
+        note: encoded.note,
+        loaded,
+        status: status.clone(),
+    };
+    Ok(Inference { job_id, tokens, facts })
+}
+
+fn sampling(generation: &Generation, defaults: &SamplingDefaults, seed: u64) -> Sampling {
+    let top_k = generation.top_k.map(|k| u32::try_from(k).unwrap_or(u32::MAX)).or(defaults.top_k);
+    Sampling {
+        temperature: generation.temperature.or(defaults.temperature).unwrap_or(1.0),
+        top_k: top_k.filter(|&k| k > 0),
+        top_p: generation.top_p.or(defaults.top_p).unwrap_or(1.0),
+        min_p: generation.min_p.unwrap_or(0.0),
+        repetition_penalty: generation.repetition_penalty.or(defaults.repetition_penalty).unwrap_or(1.0),
+        frequency_penalty: generation.frequency_penalty.unwrap_or(0.0),
+        presence_penalty: generation.presence_penalty.unwrap_or(0.0),
+        logit_bias: generation.logit_bias.iter().map(|(&id, &bias)| (id, bias)).collect(),
+        seed,
+    }
+}
+
+/// The engine's error as the wire has it.
+pub fn engine_error(error: &EngineError) -> ErrorBody {
+    let code = match error {
+        EngineError::ContextLength { .. } => ErrorCode::ContextLengthExceeded,
+        EngineError::Invalid { .. } => ErrorCode::InvalidRequest,
+        EngineError::Overloaded(Overloaded::Full { .. }) => ErrorCode::Overloaded,
+        EngineError::Overloaded(Overloaded::Draining) | EngineError::ShutDown => ErrorCode::Draining,
+        EngineError::OutOfMemory(_) => ErrorCode::Oom,
+        EngineError::SlowConsumer { .. } => ErrorCode::SlowConsumer,
+        EngineError::BadLogits { .. }
+        | EngineError::Forward(_)
+        | EngineError::Internal(_)
+        | EngineError::Overloaded(Overloaded::Dead) => ErrorCode::Internal,
+    };
+    ErrorBody::new(code, error.to_string())
+}
+
+impl Inference {
+    /// The encoded events, as many in one piece as have come, up to the end mark. Dropping it cancels.
+    pub fn into_stream(self) -> impl Stream<Item = Bytes> + Send {
+        let Self { mut tokens, facts, .. } = self;
+        let mut next_id = 0u64;
+        let mut over = false;
+        futures::stream::poll_fn(move |cx| {
+            let mut bytes = Vec::new();
+            while !over {
+                let output = match tokens.poll_next(cx) {
+                    Poll::Pending if bytes.is_empty() => return Poll::Pending,
+                    Poll::Pending => break,
+                    Poll::Ready(Some(output)) => output,
+                    // The engine ends every stream with a terminal output; this is the answer if it ever did not.
+                    Poll::Ready(None) => Output::Failed(EngineError::Internal("the engine is gone".into())),
+                };
+                for event in facts.events(output) {
+                    over |= event.is_end();
+                    let json = serde_json::to_vec(&event).expect("wire types serialize to JSON");
+                    sse::write_event(&mut bytes, next_id, &json);
+                    next_id += 1;
+                }
+                if over {
+                    sse::write_done(&mut bytes);
+                    facts.status.touch();
+                }
+            }
+            Poll::Ready((!bytes.is_empty()).then(|| Bytes::from(bytes)))
+        })
+    }
+}
+
+impl StreamFacts {
+    fn events(&self, output: Output) -> Vec<Event> {
+        match output {
+            Output::Started { prompt_tokens, cached_tokens } => {
+                let started = Event::Started(Started {
+                    job_id: self.job_id.clone(),
+                    worker_id: self.worker_id.clone(),
+                    model: self.model.clone(),
+                    prompt_tokens: prompt_tokens as u64,
+                    cached_tokens: cached_tokens as u64,
+                    seed: self.seed,
+                    why: String::new(),
+                });
+                let note = self.note.as_ref().map(|text| Event::note(NoteLevel::Warn, text));
+                std::iter::once(started).chain(note).collect()
+            }
+            // The last piece is told by the first token itself.
+            Output::Prefill { done, total } if done >= total => Vec::new(),
+            Output::Prefill { done, total } => vec![Event::Progress {
+                stage: "prefill".into(),
+                done: done as u64,
+                total: total as u64,
+                unit: "tokens".into(),
+                eta_ms: None,
+                detail: None,
+            }],
+            Output::Token { choice, index, id, text, logprobs } => {
+                let logprobs = logprobs.map(|logprobs| TokenLogprobs {
+                    logprob: logprobs.chosen,
+                    top: logprobs
+                        .top
+                        .iter()
+                        .map(|&(id, logprob)| TopLogprob { id, t: self.loaded.text.token_text(id), logprob })
+                        .collect(),
+                });
+                vec![Event::Token(Token { i: index as u64, choice, t: text, id, logprobs })]
+            }
+            Output::Done { finish, prompt_tokens, completion_tokens, cached_tokens } => vec![Event::Done(Done {
+                choices: finish.into_iter().map(|finish| ChoiceEnd { finish_reason: reason(finish) }).collect(),
+                usage: Some(Usage {
+                    prompt_tokens: prompt_tokens as u64,
+                    completion_tokens: completion_tokens as u64,
+                    total_tokens: (prompt_tokens + completion_tokens) as u64,
+                    cached_tokens: cached_tokens as u64,
+                }),
+                timings: None,
+            })],
+            Output::Failed(error) => vec![Event::Error(engine_error(&error))],
+        }
+    }
+}
+
+fn reason(finish: Finish) -> FinishReason {
+    match finish {
+        Finish::Stop => FinishReason::Stop,
+        Finish::Length => FinishReason::Length,
+        Finish::Cancelled => FinishReason::Cancelled,
+    }
+}

@@ -1,0 +1,180 @@
+//! The hives: starting the local one when it is first needed, and calling any of them.
+
+use std::net::{SocketAddr, TcpStream};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use rbee_client::{ClientError, HiveClient};
+use rbee_scheduler::Event as Heard;
+use rbee_service::JobLog;
+use rbee_supervisor::daemon::{self, DaemonSpec, sibling};
+use rbee_wire::event::Event;
+use rbee_wire::job::WorkerSpawn;
+use rbee_wire::worker::LoadProgress;
+use rbee_wire::{DeviceSpec, ErrorBody, ErrorCode, HiveId, JobRequest, ModelRef};
+
+use crate::brain::Brain;
+
+/// Longest time until the local hive listens.
+const START: Duration = Duration::from_secs(20);
+
+/// Whether a hive may be started for an operation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wake {
+    /// The operation needs it.
+    IfNeeded,
+    /// The operation only looks or stops.
+    Never,
+}
+
+/// Calls hives and starts the local one.
+pub struct Hives {
+    /// Where the local hive listens.
+    pub bind: SocketAddr,
+    /// This queen's own address, for the hive's heartbeats.
+    pub queen_url: String,
+    /// What hives of this home show.
+    pub home_proof: String,
+    /// The home's `run/`.
+    pub run: PathBuf,
+    /// The home's `state/`.
+    pub state: PathBuf,
+    /// The bearer that hives ask for.
+    pub token: Option<String>,
+    /// One start at a time; holds the local hive's address once it is known.
+    pub local: tokio::sync::Mutex<Option<String>>,
+}
+
+fn unreachable(hive: &HiveId, what: impl std::fmt::Display) -> ErrorBody {
+    ErrorBody::new(ErrorCode::HiveUnreachable, format!("hive {hive} does not answer: {what}"))
+}
+
+impl Hives {
+    /// A client of a hive, started if it is the local one and may be.
+    ///
+    /// # Errors
+    /// `HIVE_UNKNOWN`, `HIVE_UNREACHABLE`, or what kept the local one from starting.
+    pub async fn client(&self, brain: &Brain, hive: &HiveId, wake: Wake) -> Result<HiveClient, ErrorBody> {
+        let known = brain.fleet().await.hives;
+        if let Some(view) = known.iter().find(|view| &view.hive_id == hive && view.alive) {
+            let client = HiveClient::new(&view.url, self.token.clone());
+            // A hive that was killed a moment ago has not missed its lease yet.
+            if client.info().await.is_ok() {
+                return Ok(client);
+            }
+        }
+        if *hive != HiveId::localhost() {
+            if known.iter().any(|view| &view.hive_id == hive) {
+                return Err(unreachable(hive, "its lease has ended"));
+            }
+            let names: Vec<&str> = known.iter().map(|view| view.hive_id.as_str()).collect();
+            let message = format!(
+                "there is no hive `{hive}`; there is {}",
+                if names.is_empty() { "none".into() } else { names.join(", ") }
+            );
+            return Err(ErrorBody::new(ErrorCode::HiveUnknown, message));
+        }
+        let mut local = self.local.lock().await;
+        let at = local.clone().unwrap_or_else(|| format!("http://{}", self.bind));
+        let client = HiveClient::new(&at, self.token.clone());
+        match client.info().await {
+            Ok(info) if info.home_proof.as_deref() == Some(&self.home_proof) => return Ok(client),
+            Ok(info) => {
+                let message = format!("{} of another home listens on {}", info.program, self.bind);
+                return Err(ErrorBody::new(ErrorCode::HiveUnreachable, message).with_hint(
+                    "give this home's hive another address with RBEE_HIVE_BIND, or hive_bind in config.toml",
+                ));
+            }
+            Err(ClientError::Unreachable { .. } | ClientError::Broken { .. }) if wake == Wake::IfNeeded => {}
+            Err(error) => return Err(unreachable(hive, error)),
+        }
+        let url = self.start().await?;
+        *local = Some(url.clone());
+        Ok(HiveClient::new(&url, self.token.clone()))
+    }
+
+    async fn start(&self) -> Result<String, ErrorBody> {
+        let program = sibling("rbee-hive").map_err(|error| {
+            ErrorBody::new(ErrorCode::Internal, format!("the hive's program is not known: {error}"))
+        })?;
+        let spec = DaemonSpec {
+            program,
+            args: vec!["--queen".into(), self.queen_url.clone(), "--bind".into(), self.bind.to_string()],
+            env: Vec::new(),
+            lock: self.run.join("hive.start"),
+            log: self.state.join("hive.out.log"),
+            limit: START,
+        };
+        let bind = self.bind;
+        let there = move || bind.port() != 0 && TcpStream::connect_timeout(&bind, Duration::from_secs(1)).is_ok();
+        tracing::info!("starting the local hive");
+        match tokio::task::spawn_blocking(move || daemon::start(&spec, there)).await {
+            Ok(Ok(daemon::Start::Started(url))) => Ok(url),
+            Ok(Ok(daemon::Start::There)) => Ok(format!("http://{bind}")),
+            Ok(Err(error)) => Err(ErrorBody::new(ErrorCode::HiveUnreachable, error.message)
+                .with_hint(error.hint.unwrap_or_else(|| "`rbee hive logs` shows why".into()))),
+            Err(error) => Err(ErrorBody::new(ErrorCode::Internal, format!("starting the hive was cut short: {error}"))),
+        }
+    }
+
+    /// Loads a model on a hive; each step of the load goes to the scheduler.
+    ///
+    /// # Errors
+    /// The hive's refusal or the load's own error.
+    pub async fn load(
+        &self,
+        brain: &Brain,
+        hive: &HiveId,
+        model: ModelRef,
+        device: DeviceSpec,
+    ) -> Result<(), ErrorBody> {
+        let client = self.client(brain, hive, Wake::IfNeeded).await?;
+        let spawn = WorkerSpawn {
+            hive_id: hive.clone(),
+            model: model.clone(),
+            device,
+            replicas: None,
+            ctx: None,
+            slots: None,
+            threads: None,
+            kv_type: None,
+            quantize: None,
+            wait: Some(true),
+        };
+        let failed = |error: ClientError| error.to_body(ErrorCode::HiveUnreachable);
+        let mut events = client.run_job(&JobRequest::WorkerSpawn(spawn)).await.map_err(failed)?;
+        while let Some(event) = events.next().await {
+            match event.map_err(failed)?.event {
+                Event::Progress { stage, done, total, unit, .. } => {
+                    let progress = LoadProgress { stage, done, total, unit };
+                    brain.tell(Heard::LoadProgress { model: model.clone(), progress }).await;
+                }
+                Event::Error(error) => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Passes one of a hive's operations on and its events back into the job's log, the end left out.
+    ///
+    /// # Errors
+    /// What the hive said, or that it does not answer.
+    pub async fn forward(&self, brain: &Brain, hive: &HiveId, job: &JobRequest, log: &JobLog) -> Result<(), ErrorBody> {
+        let wake = if matches!(job, JobRequest::WorkerSpawn(_)) { Wake::IfNeeded } else { Wake::Never };
+        let client = self.client(brain, hive, wake).await?;
+        let failed = |error: ClientError| error.to_body(ErrorCode::HiveUnreachable);
+        let mut events = client.run_job(job).await.map_err(failed)?;
+        while let Some(event) = events.next().await {
+            let event = event.map_err(failed)?;
+            match event.event {
+                Event::Error(error) => return Err(error),
+                Event::Done(_) => {}
+                _ => {
+                    log.push_json(&event.json, false);
+                }
+            }
+        }
+        Ok(())
+    }
+}

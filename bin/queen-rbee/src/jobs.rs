@@ -1,0 +1,459 @@
+//! The queen's jobs: each with its log, its state and the decisions on its way; how long they are kept; who may find them.
+//!
+//! A job ends once: whoever pushes the end into its log first has ended it, and everybody else's end is dropped.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use rbee_service::{Clock, JobLog, random_hex};
+use rbee_wire::event::{ChoiceEnd, Done, Event, FinishReason, Timings, Usage};
+use rbee_wire::view::{Decision, JobState, JobView};
+use rbee_wire::{ErrorBody, ErrorCode, Incarnation, JobId, JobRequest, ModelRef, Operation, RequestId, WorkerId};
+use tokio_util::sync::CancellationToken;
+
+/// Decisions kept of one job.
+const MAX_TRAIL: usize = 64;
+
+/// Ids of forgotten jobs that are still told apart from unknown ones.
+const MAX_EXPIRED: usize = 16_384;
+
+/// Idempotency keys remembered; each is forgotten with its job.
+const MAX_KEYS: usize = 8192;
+
+/// Longest idempotency key, in bytes.
+const MAX_KEY: usize = 256;
+
+/// One job.
+pub struct Job {
+    /// Its id.
+    pub id: JobId,
+    /// What it does.
+    pub request: JobRequest,
+    /// The request's label.
+    pub request_id: RequestId,
+    /// Its events.
+    pub log: Arc<JobLog>,
+    /// When it was posted, on the queen's clock.
+    pub posted: Duration,
+    /// Goes on when nobody listens.
+    pub detached: bool,
+    /// Ends the relay that works for it now.
+    pub stop: Mutex<CancellationToken>,
+    facts: Mutex<Facts>,
+}
+
+/// What changes in a job's life.
+#[derive(Clone, Debug)]
+pub struct Facts {
+    /// Where it is.
+    pub state: JobState,
+    /// Its model, once known.
+    pub model: Option<ModelRef>,
+    /// Its worker, once dispatched.
+    pub worker: Option<WorkerId>,
+    /// When it began to wait for a load.
+    pub loading_since: Option<Duration>,
+    /// Time it waited for loads.
+    pub load: Duration,
+    /// When it was dispatched last.
+    pub dispatched: Option<Duration>,
+    /// When its first token came.
+    pub first_token: Option<Duration>,
+    /// When its last token came.
+    pub last_token: Option<Duration>,
+    /// Tokens so far.
+    pub tokens: u64,
+    /// Tokens of its prompt.
+    pub prompt_tokens: u64,
+    /// Those whose KV was there.
+    pub cached_tokens: u64,
+    ended: Option<Duration>,
+    usage: Option<Usage>,
+    timings: Option<Timings>,
+    error: Option<ErrorBody>,
+    trail: Vec<Decision>,
+}
+
+impl Job {
+    /// Reads or changes its facts; do not wait meanwhile.
+    pub fn facts(&self) -> MutexGuard<'_, Facts> {
+        self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Writes a decision into its trail.
+    pub fn decide(&self, now: Duration, what: &str, why: impl Into<String>) {
+        let mut facts = self.facts();
+        if facts.trail.len() < MAX_TRAIL {
+            let at_ms = millis(now.saturating_sub(self.posted));
+            facts.trail.push(Decision { at_ms, what: what.into(), why: why.into() });
+        }
+    }
+
+    /// Where the time went until now.
+    fn timings(&self, facts: &Facts, now: Duration) -> Timings {
+        let ms = |span: Duration| span.as_secs_f64() * 1e3;
+        let before = facts.dispatched.unwrap_or(now).saturating_sub(self.posted);
+        let decode = facts.last_token.unwrap_or(now).saturating_sub(facts.first_token.unwrap_or(now));
+        let seconds = decode.as_secs_f64();
+        Timings {
+            queue_ms: ms(before.saturating_sub(facts.load)),
+            load_ms: ms(facts.load),
+            prefill_ms: facts.dispatched.zip(facts.first_token).map_or(0.0, |(from, to)| ms(to.saturating_sub(from))),
+            decode_ms: ms(decode),
+            total_ms: ms(now.saturating_sub(self.posted)),
+            tokens_per_s: if seconds > 0.0 { facts.tokens.saturating_sub(1) as f64 / seconds } else { 0.0 },
+        }
+    }
+
+    /// Ends it well. `done` is the worker's, for an `infer` job.
+    pub fn finish(&self, now: Duration, mut done: Done) {
+        let mut facts = self.facts();
+        let generated = self.request.operation() == Operation::Infer;
+        if generated {
+            done.timings = Some(self.timings(&facts, now));
+        }
+        let cancelled = done.cancelled();
+        let (usage, timings) = (done.usage, done.timings);
+        if self.log.push(&Event::Done(done)).is_some() {
+            facts.state = if cancelled { JobState::Cancelled } else { JobState::Done };
+            (facts.usage, facts.timings, facts.ended) = (usage, timings, Some(now));
+        }
+    }
+
+    /// Ends it as cancelled, with what it has.
+    pub fn finish_cancelled(&self, now: Duration) {
+        let choices = match &self.request {
+            JobRequest::Infer(infer) => infer.generation.n.unwrap_or(1),
+            _ => 1,
+        };
+        let usage = {
+            let facts = self.facts();
+            Usage {
+                prompt_tokens: facts.prompt_tokens,
+                completion_tokens: facts.tokens,
+                total_tokens: facts.prompt_tokens + facts.tokens,
+                cached_tokens: facts.cached_tokens,
+            }
+        };
+        let end = ChoiceEnd { finish_reason: FinishReason::Cancelled };
+        self.finish(now, Done { choices: vec![end; choices as usize], usage: Some(usage), timings: None });
+        self.halt();
+    }
+
+    /// Ends it with an error.
+    pub fn fail(&self, now: Duration, mut error: ErrorBody) {
+        error.request_id = Some(self.request_id.clone());
+        let mut facts = self.facts();
+        if self.log.push(&Event::Error(error.clone())).is_some() {
+            facts.state = JobState::Failed;
+            facts.timings = Some(self.timings(&facts, now));
+            facts.error = Some(error);
+            facts.ended = Some(now);
+        }
+        drop(facts);
+        self.halt();
+    }
+
+    /// Ends the relay that works for it, if one does.
+    pub fn halt(&self) {
+        self.stop.lock().unwrap_or_else(PoisonError::into_inner).cancel();
+    }
+
+    /// A token that ends the next relay, and only that one.
+    pub fn next_stop(&self) -> CancellationToken {
+        let token = CancellationToken::new();
+        *self.stop.lock().unwrap_or_else(PoisonError::into_inner) = token.clone();
+        token
+    }
+
+    /// The job as others see it.
+    pub fn view(&self, now: Duration, trail: Trail) -> JobView {
+        let facts = self.facts();
+        JobView {
+            job_id: self.id.clone(),
+            operation: self.request.operation(),
+            state: facts.state,
+            model: facts.model.clone(),
+            worker_id: facts.worker.clone(),
+            age_ms: millis(now.saturating_sub(self.posted)),
+            events: self.log.events(),
+            tokens: facts.tokens,
+            listeners: self.log.listeners(),
+            usage: facts.usage,
+            timings: facts.timings,
+            error: facts.error.clone(),
+            trail: if trail == Trail::Shown { facts.trail.clone() } else { Vec::new() },
+        }
+    }
+}
+
+/// Whether a view shows the decisions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Trail {
+    /// It does.
+    Shown,
+    /// It does not.
+    Left,
+}
+
+fn millis(span: Duration) -> u64 {
+    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
+}
+
+/// How long jobs are kept.
+#[derive(Clone, Copy, Debug)]
+pub struct Keep {
+    /// After their end.
+    pub after_end: Duration,
+    /// Bytes of logs in all.
+    pub bytes: usize,
+}
+
+/// All jobs; cheap to clone.
+#[derive(Clone)]
+pub struct Jobs(Arc<Shared>);
+
+struct Shared {
+    incarnation: Incarnation,
+    clock: Clock,
+    keep: Keep,
+    kept: Mutex<Kept>,
+}
+
+#[derive(Default)]
+struct Kept {
+    jobs: HashMap<JobId, Arc<Job>>,
+    order: VecDeque<JobId>,
+    expired: HashSet<JobId>,
+    expired_order: VecDeque<JobId>,
+    keys: HashMap<String, (Vec<u8>, JobId)>,
+}
+
+impl Jobs {
+    /// No jobs yet.
+    pub fn new(incarnation: Incarnation, clock: Clock, keep: Keep) -> Self {
+        Self(Arc::new(Shared { incarnation, clock, keep, kept: Mutex::default() }))
+    }
+
+    fn kept(&self) -> MutexGuard<'_, Kept> {
+        self.0.kept.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The queen's clock.
+    pub fn now(&self) -> Duration {
+        self.0.clock.now()
+    }
+
+    /// Makes a job, or finds the one of the same idempotency key; the flag says whether it is new.
+    ///
+    /// # Errors
+    /// `IDEMPOTENCY_CONFLICT` when the key was used with another body.
+    pub fn create(
+        &self,
+        request: JobRequest,
+        request_id: RequestId,
+        key: Option<(&str, &[u8])>,
+    ) -> Result<(Arc<Job>, bool), ErrorBody> {
+        let mut kept = self.kept();
+        if let Some((key, body)) = key {
+            if key.is_empty() || key.len() > MAX_KEY {
+                let message = format!("an idempotency key has 1 to {MAX_KEY} bytes");
+                return Err(ErrorBody::new(ErrorCode::InvalidRequest, message));
+            }
+            if let Some((before, id)) = kept.keys.get(key)
+                && let Some(job) = kept.jobs.get(id)
+            {
+                if before != body {
+                    let message = "this idempotency key was used with another body";
+                    return Err(ErrorBody::new(ErrorCode::IdempotencyConflict, message));
+                }
+                return Ok((Arc::clone(job), false));
+            }
+            if kept.keys.len() >= MAX_KEYS {
+                return Err(ErrorBody::new(ErrorCode::Overloaded, "too many idempotency keys are remembered")
+                    .with_retry_after(Duration::from_secs(60)));
+            }
+        }
+        let id = JobId::of(&self.0.incarnation, &random_hex(16));
+        let detached = match &request {
+            JobRequest::Infer(infer) => infer.detach.unwrap_or(false),
+            _ => true,
+        };
+        let model = match &request {
+            JobRequest::Infer(infer) => infer.model.clone(),
+            _ => None,
+        };
+        let facts = Facts {
+            state: if matches!(request, JobRequest::Infer(_)) { JobState::Queued } else { JobState::Running },
+            model,
+            worker: None,
+            loading_since: None,
+            load: Duration::ZERO,
+            dispatched: None,
+            first_token: None,
+            last_token: None,
+            tokens: 0,
+            prompt_tokens: 0,
+            cached_tokens: 0,
+            ended: None,
+            usage: None,
+            timings: None,
+            error: None,
+            trail: Vec::new(),
+        };
+        let job = Arc::new(Job {
+            id: id.clone(),
+            request,
+            request_id,
+            log: Arc::default(),
+            posted: self.now(),
+            detached,
+            stop: Mutex::default(),
+            facts: Mutex::new(facts),
+        });
+        kept.jobs.insert(id.clone(), Arc::clone(&job));
+        kept.order.push_back(id.clone());
+        if let Some((key, body)) = key {
+            kept.keys.insert(key.to_owned(), (body.to_owned(), id));
+        }
+        Ok((job, true))
+    }
+
+    /// Forgets a job that was refused at its post: it never was.
+    pub fn withdraw(&self, id: &JobId) {
+        let mut kept = self.kept();
+        kept.jobs.remove(id);
+        kept.order.retain(|other| other != id);
+        kept.keys.retain(|_, (_, job)| job != id);
+    }
+
+    /// A job by its id.
+    ///
+    /// # Errors
+    /// `QUEEN_RESTARTED`, `JOB_EXPIRED` or `JOB_NOT_FOUND`.
+    pub fn find(&self, text: &str) -> Result<Arc<Job>, ErrorBody> {
+        let shown: String = text.chars().take(80).collect();
+        let unknown = || ErrorBody::new(ErrorCode::JobNotFound, format!("there is no job `{}`", shown.escape_debug()));
+        let id = JobId::new(text).map_err(|_| unknown())?;
+        let kept = self.kept();
+        if let Some(job) = kept.jobs.get(&id) {
+            return Ok(Arc::clone(job));
+        }
+        if kept.expired.contains(&id) {
+            return Err(ErrorBody::new(ErrorCode::JobExpired, format!("job {id} ended and is not kept any more")));
+        }
+        match id.is_of(&self.0.incarnation) {
+            Some(false) => {
+                Err(ErrorBody::new(ErrorCode::QueenRestarted, format!("job {id} was of a queen that is gone")))
+            }
+            _ => Err(unknown()),
+        }
+    }
+
+    /// A job that is sure to be one of ours.
+    pub fn get(&self, id: &JobId) -> Option<Arc<Job>> {
+        self.kept().jobs.get(id).cloned()
+    }
+
+    /// All jobs that are kept, newest first.
+    pub fn list(&self) -> Vec<JobView> {
+        let now = self.now();
+        let kept = self.kept();
+        kept.order.iter().rev().filter_map(|id| kept.jobs.get(id)).map(|job| job.view(now, Trail::Left)).collect()
+    }
+
+    /// Jobs that have not ended.
+    pub fn open(&self) -> Vec<Arc<Job>> {
+        self.kept().jobs.values().filter(|job| !job.log.is_over()).cloned().collect()
+    }
+
+    /// Forgets what has been kept long enough, or is too much.
+    pub fn sweep(&self) {
+        let now = self.now();
+        let mut kept = self.kept();
+        let mut bytes = 0;
+        let mut ended: Vec<(Duration, JobId, usize)> = Vec::new();
+        for job in kept.jobs.values() {
+            let size = job.log.bytes();
+            bytes += size;
+            if let Some(at) = job.facts().ended {
+                ended.push((at, job.id.clone(), size));
+            }
+        }
+        ended.sort_unstable();
+        let mut gone = HashSet::new();
+        for (at, id, size) in ended {
+            if now.saturating_sub(at) < self.0.keep.after_end && bytes <= self.0.keep.bytes {
+                break;
+            }
+            bytes -= size;
+            gone.insert(id);
+        }
+        if gone.is_empty() {
+            return;
+        }
+        let Kept { jobs, order, expired, expired_order, keys } = &mut *kept;
+        jobs.retain(|id, _| !gone.contains(id));
+        order.retain(|id| !gone.contains(id));
+        keys.retain(|_, (_, id)| !gone.contains(id));
+        for id in gone {
+            expired_order.push_back(id.clone());
+            expired.insert(id);
+            if expired_order.len() > MAX_EXPIRED
+                && let Some(oldest) = expired_order.pop_front()
+            {
+                expired.remove(&oldest);
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn jobs(keep: Keep) -> Jobs {
+        Jobs::new(Incarnation { counter: 1, random: "0123456789abcdef".repeat(2) }, Clock::default(), keep)
+    }
+
+    fn post(jobs: &Jobs, key: Option<(&str, &[u8])>) -> Result<(Arc<Job>, bool), ErrorBody> {
+        jobs.create(JobRequest::Status {}, RequestId::new("r").unwrap(), key)
+    }
+
+    #[test]
+    fn one_key_is_one_job_and_another_body_is_refused() {
+        let jobs = jobs(Keep { after_end: Duration::from_secs(1), bytes: 1 << 20 });
+        let (first, new) = post(&jobs, Some(("k", b"a"))).unwrap();
+        let (second, again) = post(&jobs, Some(("k", b"a"))).unwrap();
+        assert!(new && !again && first.id == second.id);
+        assert_eq!(post(&jobs, Some(("k", b"b"))).err().unwrap().code, ErrorCode::IdempotencyConflict);
+    }
+
+    #[test]
+    fn ended_jobs_go_when_their_time_or_the_space_is_over_oldest_first() {
+        let keep = Keep { after_end: Duration::from_secs(100), bytes: 200 };
+        let jobs = jobs(keep);
+        let made: Vec<Arc<Job>> = (0..4).map(|_| post(&jobs, None).unwrap().0).collect();
+        for (i, job) in made.iter().enumerate().take(3) {
+            job.finish(Duration::from_secs(i as u64), Done::default());
+        }
+        jobs.sweep();
+        assert_eq!(jobs.find(made[0].id.as_str()).err().unwrap().code, ErrorCode::JobExpired);
+        assert!(jobs.find(made[3].id.as_str()).is_ok(), "what runs is never forgotten");
+        let of_another = format!("job-ffffffff-{}", "a".repeat(32));
+        assert_eq!(jobs.find(&of_another).err().unwrap().code, ErrorCode::QueenRestarted);
+        assert_eq!(jobs.find("job-01234567-x").err().unwrap().code, ErrorCode::JobNotFound);
+    }
+
+    #[test]
+    fn a_job_ends_once() {
+        let jobs = jobs(Keep { after_end: Duration::from_secs(1), bytes: 1 << 20 });
+        let (job, _) = post(&jobs, None).unwrap();
+        job.fail(Duration::ZERO, ErrorBody::new(ErrorCode::Internal, "first"));
+        job.finish(Duration::ZERO, Done::default());
+        job.finish_cancelled(Duration::ZERO);
+        assert_eq!(job.log.events(), 1);
+        assert_eq!(job.facts().state, JobState::Failed);
+    }
+}

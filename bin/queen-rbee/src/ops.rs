@@ -1,0 +1,206 @@
+//! The queen's own operations but `infer`, which the scheduler has.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rbee_client::WorkerClient;
+use rbee_wire::event::{Done, Event, NoteLevel};
+use rbee_wire::hive::Process;
+use rbee_wire::job::{OfProcess, OfWorker};
+use rbee_wire::op::Built;
+use rbee_wire::view::{HiveView, InfoReply, StatusView, WorkerView};
+use rbee_wire::{ErrorBody, ErrorCode, HiveId, JobRequest};
+
+use crate::brain::Brain;
+use crate::hives::{Hives, Wake};
+use crate::jobs::{Job, Jobs};
+
+/// What operations work with; cheap to clone.
+#[derive(Clone)]
+pub struct Operations {
+    /// The fleet.
+    pub brain: Brain,
+    /// The hives.
+    pub hives: Arc<Hives>,
+    /// The jobs.
+    pub jobs: Jobs,
+    /// What this queen says of itself, but for its uptime.
+    pub info: InfoReply,
+}
+
+/// Longest wait for a hive that was just started to be heard of, or for one that was stopped to be gone.
+const SETTLE: Duration = Duration::from_secs(10);
+
+impl Operations {
+    /// What this queen says of itself now.
+    pub fn info(&self) -> InfoReply {
+        let uptime_ms = u64::try_from(self.jobs.now().as_millis()).unwrap_or(u64::MAX);
+        InfoReply { uptime_ms, ..self.info.clone() }
+    }
+
+    /// Carries a job out and ends it.
+    pub async fn run(self, job: Arc<Job>) {
+        let row = job.request.operation().row();
+        let outcome = match row.built {
+            Built::No => Err(ErrorBody::new(ErrorCode::NotImplemented, format!("`{}` is not built yet", row.name))),
+            Built::Yes => self.carry_out(&job).await,
+        };
+        match outcome {
+            Ok(()) => job.finish(self.jobs.now(), Done::default()),
+            Err(error) => job.fail(self.jobs.now(), error),
+        }
+    }
+
+    async fn carry_out(&self, job: &Job) -> Result<(), ErrorBody> {
+        let log = &job.log;
+        if let Some(hive) = job.request.hive_id() {
+            return self.hives.forward(&self.brain, hive, &job.request, log).await;
+        }
+        match &job.request {
+            JobRequest::Status {} => {
+                let fleet = self.brain.fleet().await;
+                log.push(&Event::data(&StatusView {
+                    queen: self.info(),
+                    hives: fleet.hives,
+                    workers: fleet.workers,
+                    queued: fleet.queued,
+                    running: fleet.running,
+                }));
+            }
+            JobRequest::ActiveWorkerList {} => {
+                for worker in self.brain.fleet().await.workers {
+                    log.push(&Event::data(&worker));
+                }
+            }
+            JobRequest::ActiveWorkerGet(of) => {
+                log.push(&Event::data(&self.worker(of).await?));
+            }
+            JobRequest::ActiveWorkerRetire(of) => self.retire(of, job).await?,
+            JobRequest::HiveList {} => {
+                for hive in self.brain.fleet().await.hives {
+                    log.push(&Event::data(&hive));
+                }
+            }
+            JobRequest::HiveGet(of) => {
+                log.push(&Event::data(&self.hive(&of.alias).await?));
+            }
+            JobRequest::HiveStatus(of) => {
+                let info = self.hives.client(&self.brain, &of.alias, Wake::Never).await?.info().await;
+                log.push(&Event::data(&info.map_err(|error| error.to_body(ErrorCode::HiveUnreachable))?));
+            }
+            JobRequest::HiveStart(of) => {
+                self.hives.client(&self.brain, &of.alias, Wake::IfNeeded).await?;
+                log.push(&Event::data(&self.settled(&of.alias).await?));
+            }
+            JobRequest::HiveStop(of) => self.stop(&of.alias, job).await?,
+            JobRequest::HiveRefreshCapabilities(of) => {
+                // A hive looks at its devices with every heartbeat; the next one is the answer.
+                self.hives.client(&self.brain, &of.alias, Wake::Never).await?;
+                let before = self.hive(&of.alias).await?.age_ms;
+                tracing::debug!(before, "waiting for the next heartbeat");
+                tokio::time::sleep(Duration::from_millis(1050)).await;
+                log.push(&Event::data(&self.settled(&of.alias).await?));
+            }
+            other => {
+                let message = format!("`{}` is not built yet", other.operation().name());
+                return Err(ErrorBody::new(ErrorCode::NotImplemented, message));
+            }
+        }
+        Ok(())
+    }
+
+    async fn worker(&self, of: &OfWorker) -> Result<WorkerView, ErrorBody> {
+        let workers = self.brain.fleet().await.workers;
+        let names: Vec<String> = workers.iter().map(|worker| worker.worker_id.to_string()).collect();
+        workers.into_iter().find(|worker| worker.worker_id == of.worker_id).ok_or_else(|| {
+            let there = if names.is_empty() { "none".into() } else { names.join(", ") };
+            ErrorBody::new(
+                ErrorCode::WorkerNotFound,
+                format!("there is no active worker `{}`; there is {there}", of.worker_id),
+            )
+        })
+    }
+
+    async fn hive(&self, alias: &HiveId) -> Result<HiveView, ErrorBody> {
+        let hives = self.brain.fleet().await.hives;
+        hives.into_iter().find(|hive| &hive.hive_id == alias).ok_or_else(|| {
+            let error = ErrorBody::new(ErrorCode::HiveUnknown, format!("no hive `{alias}` has been heard of"));
+            if *alias == HiveId::localhost() { error.with_hint("start it with `rbee hive start`") } else { error }
+        })
+    }
+
+    /// Waits until a hive has been heard of and lives.
+    async fn settled(&self, alias: &HiveId) -> Result<HiveView, ErrorBody> {
+        let deadline = tokio::time::Instant::now() + SETTLE;
+        loop {
+            match self.hive(alias).await {
+                Ok(hive) if hive.alive => return Ok(hive),
+                other if tokio::time::Instant::now() >= deadline => {
+                    return other.and_then(|_| {
+                        let message = format!("hive {alias} was started and its heartbeat does not come");
+                        Err(ErrorBody::new(ErrorCode::HiveUnreachable, message).with_hint("`rbee hive logs` shows why"))
+                    });
+                }
+                _ => tokio::time::sleep(Duration::from_millis(20)).await,
+            }
+        }
+    }
+
+    async fn stop(&self, alias: &HiveId, job: &Job) -> Result<(), ErrorBody> {
+        let client = self.hives.client(&self.brain, alias, Wake::Never).await?;
+        let failed = |error: rbee_client::ClientError| error.to_body(ErrorCode::HiveUnreachable);
+        let info = client.info().await.map_err(failed)?;
+        client.shutdown().await.map_err(failed)?;
+        let mut told = false;
+        // Its drain has a bound of its own; it is gone when it answers no more.
+        while client.info().await.is_ok_and(|now| now.pid == info.pid) {
+            if !told {
+                told = true;
+                job.log.push(&Event::Progress {
+                    stage: "drain".into(),
+                    done: 0,
+                    total: 0,
+                    unit: "workers".into(),
+                    eta_ms: None,
+                    detail: Some(alias.to_string()),
+                });
+            }
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        job.log.push(&Event::data(&info));
+        Ok(())
+    }
+
+    /// Lets a worker finish, through its hive, or by itself when no hive has it.
+    async fn retire(&self, of: &OfWorker, job: &Job) -> Result<(), ErrorBody> {
+        let view = self.worker(of).await?;
+        let fleet = self.brain.fleet().await;
+        let process: Option<Process> = fleet
+            .hives
+            .iter()
+            .filter(|hive| hive.hive_id == view.hive_id)
+            .flat_map(|hive| hive.processes.clone())
+            .find(|process| process.worker_id == of.worker_id && process.pid != 0);
+        match process {
+            Some(process) => {
+                let delete =
+                    JobRequest::WorkerProcessDelete(OfProcess { hive_id: view.hive_id.clone(), pid: process.pid });
+                self.hives.forward(&self.brain, &view.hive_id, &delete, &job.log).await
+            }
+            None => {
+                let Some(bearer) = self.brain.bearer(&of.worker_id).await else {
+                    let message = format!("worker {} went away", of.worker_id);
+                    return Err(ErrorBody::new(ErrorCode::WorkerNotFound, message));
+                };
+                let client = WorkerClient::new(&view.url, bearer);
+                client.drain().await.map_err(|error| error.to_body(ErrorCode::WorkerLost))?;
+                job.log.push(&Event::note(
+                    NoteLevel::Info,
+                    "no hive has this worker; it was asked itself to finish and exit",
+                ));
+                job.log.push(&Event::data(&view));
+                Ok(())
+            }
+        }
+    }
+}

@@ -1,0 +1,297 @@
+//! `worker_spawn`: an idempotent reservation. There already, started, or refused with the numbers.
+
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use rbee_service::random_hex;
+use rbee_supervisor::{SpawnSpec, Supervisor, run_bounded};
+use rbee_wire::event::{Event, NoteLevel};
+use rbee_wire::hive::{DeviceKind, Process, ProcessState};
+use rbee_wire::job::WorkerSpawn;
+use rbee_wire::view::{SpawnOutcome, SpawnView};
+use rbee_wire::worker::WorkerCharge;
+use rbee_wire::{DeviceId, DeviceSpec, ErrorBody, ErrorCode, HiveId, ModelRef, WorkerId};
+use serde_json::json;
+
+use crate::devices::Devices;
+use crate::incarnation::Incarnations;
+
+/// Upper bound of what the built-in model needs with the default slots, so that a first start need not measure it.
+pub const TINYBEE_NEEDS: u64 = 160 << 20;
+
+/// Longest time to learn what a model needs.
+const INSPECT: Duration = Duration::from_secs(10);
+
+/// What the hive starts workers with.
+pub struct Spawner {
+    /// This hive.
+    pub hive_id: HiveId,
+    /// Where workers' heartbeats go.
+    pub queen_url: String,
+    /// The CPU worker's program.
+    pub worker: PathBuf,
+    /// Arguments of every worker.
+    pub worker_args: Vec<String>,
+    /// Requests that one worker generates for at once, unless the spawn says otherwise.
+    pub slots: u32,
+    /// Lives.
+    pub incarnations: Arc<Incarnations>,
+    /// Devices.
+    pub devices: Arc<Devices>,
+    /// Workers.
+    pub supervisor: Supervisor,
+    /// What each worker was asked for; also makes one reservation at a time.
+    pub asked: Mutex<Vec<(WorkerId, WorkerSpawn)>>,
+    /// One reservation at a time.
+    pub reserving: tokio::sync::Mutex<()>,
+}
+
+fn refuse(code: ErrorCode, message: impl Into<String>) -> ErrorBody {
+    ErrorBody::new(code, message)
+}
+
+impl Spawner {
+    /// Makes sure that a worker serves the model; tells each step to `tell`. Ends when the worker is ready, or has started
+    /// where nobody wants to wait.
+    ///
+    /// # Errors
+    /// The refusal, or the worker's own error when it does not come up.
+    pub async fn ensure(&self, spawn: &WorkerSpawn, tell: &(dyn Fn(Event) + Sync)) -> Result<SpawnView, ErrorBody> {
+        let device = self.device(spawn.device)?;
+        self.check_model(&spawn.model)?;
+        if spawn.quantize.is_some() {
+            return Err(refuse(ErrorCode::NotImplemented, "quantizing at load is not in this build")
+                .with_hint("leave out --quantize"));
+        }
+        let (outcome, process) = self.reserve(spawn, &device).await?;
+        if outcome == SpawnOutcome::Existing {
+            tell(Event::note(NoteLevel::Info, format!("worker {} serves {} already", process.worker_id, spawn.model)));
+        }
+        if spawn.wait.unwrap_or(true) {
+            self.until_ready(&process.worker_id, tell).await?;
+        }
+        let pid = self.supervisor.get(&process.worker_id).map_or(process.pid, |process| process.pid);
+        Ok(SpawnView {
+            outcome,
+            worker_id: process.worker_id,
+            hive_id: self.hive_id.clone(),
+            model: spawn.model.clone(),
+            device,
+            pid,
+        })
+    }
+
+    /// Finds or starts one worker, one reservation at a time.
+    async fn reserve(&self, spawn: &WorkerSpawn, device: &DeviceId) -> Result<(SpawnOutcome, Process), ErrorBody> {
+        let _one = self.reserving.lock().await;
+        let there = self.there(spawn, device);
+        if there.len() >= spawn.replicas.unwrap_or(1) as usize
+            && let Some(process) = there.into_iter().next()
+        {
+            return Ok((SpawnOutcome::Existing, process));
+        }
+        let needed = self.needed(spawn).await?;
+        self.check_memory(device, needed)?;
+        let charge = self.charge(spawn, device);
+        let spec = SpawnSpec {
+            program: self.worker.clone(),
+            args: self.worker_args.clone(),
+            charge: Arc::new(charge),
+            reserved: needed,
+        };
+        let process = self.supervisor.spawn(spec).await.map_err(|error| error.to_body())?;
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        asked.retain(|(worker, _)| {
+            self.supervisor.get(worker).is_some_and(|process| process.state != ProcessState::Exited)
+        });
+        asked.push((process.worker_id.clone(), spawn.clone()));
+        Ok((SpawnOutcome::Started, process))
+    }
+
+    /// Workers that serve what is asked for, or will.
+    fn there(&self, spawn: &WorkerSpawn, device: &DeviceId) -> Vec<Process> {
+        let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        let fits = |worker: &WorkerId| {
+            asked.iter().any(|(id, other)| {
+                id == worker
+                    && (spawn.ctx.is_none() || spawn.ctx == other.ctx)
+                    && (spawn.slots.is_none() || spawn.slots == other.slots)
+                    && (spawn.threads.is_none() || spawn.threads == other.threads)
+                    && (spawn.kv_type.is_none() || spawn.kv_type == other.kv_type)
+            })
+        };
+        let alive = |state| !matches!(state, ProcessState::Exited | ProcessState::Draining);
+        let list = self.supervisor.list().into_iter();
+        list.filter(|process| process.model == spawn.model && &process.device == device && alive(process.state))
+            .filter(|process| fits(&process.worker_id))
+            .collect()
+    }
+
+    /// The charge of each life of a worker.
+    fn charge(&self, spawn: &WorkerSpawn, device: &DeviceId) -> impl Fn() -> WorkerCharge + Send + Sync + use<> {
+        let worker_id = WorkerId::new(format!("worker-{}", random_hex(4))).expect("hexadecimal digits make an id");
+        let (hive_id, queen_url) = (self.hive_id.clone(), self.queen_url.clone());
+        let incarnations = Arc::clone(&self.incarnations);
+        let (spawn, device, slots) = (spawn.clone(), device.clone(), self.slots);
+        move || WorkerCharge {
+            nonce: random_hex(16),
+            worker_id: worker_id.clone(),
+            incarnation: incarnations.next(),
+            hive_id: hive_id.clone(),
+            bearer: random_hex(32),
+            queen_url: queen_url.clone(),
+            model: spawn.model.clone(),
+            device: device.clone(),
+            ctx: spawn.ctx,
+            slots: Some(spawn.slots.unwrap_or(slots)),
+            threads: spawn.threads,
+            kv_type: spawn.kv_type.clone(),
+        }
+    }
+
+    fn device(&self, wanted: DeviceSpec) -> Result<DeviceId, ErrorBody> {
+        let id = match wanted {
+            DeviceSpec::Auto | DeviceSpec::Cpu => "cpu".to_owned(),
+            DeviceSpec::Cuda(_) => wanted.to_string(),
+        };
+        let devices = self.devices.list();
+        let there = devices.iter().map(|device| device.id.to_string()).collect::<Vec<_>>().join(", ");
+        let Some(device) = devices.into_iter().find(|device| device.id.as_str() == id) else {
+            let message = format!("hive {} has no device {id}; it has {there}", self.hive_id);
+            return Err(refuse(ErrorCode::DeviceUnavailable, message).with_hint("use --device cpu"));
+        };
+        match device.unavailable {
+            Some(reason) => {
+                let hint = match device.kind {
+                    DeviceKind::Cuda => "use --device cpu, which is never chosen in a GPU's place unasked",
+                    DeviceKind::Cpu => "see the reason",
+                };
+                Err(refuse(ErrorCode::DeviceUnavailable, format!("device {id} cannot be used: {reason}"))
+                    .with_hint(hint))
+            }
+            None => Ok(device.id),
+        }
+    }
+
+    fn check_model(&self, model: &ModelRef) -> Result<(), ErrorBody> {
+        if self.simulates() {
+            return Ok(());
+        }
+        let known = "`tinybee` is built in; a folder of safetensors files is named by its absolute path";
+        match model {
+            ModelRef::Tinybee => Ok(()),
+            ModelRef::Path(path) if path.ends_with(".gguf") => {
+                Err(refuse(ErrorCode::NotImplemented, format!("{path}: GGUF files are not read by this build"))
+                    .with_hint(known))
+            }
+            ModelRef::Path(path) if std::path::Path::new(path).is_dir() => Ok(()),
+            ModelRef::Path(path) => {
+                Err(refuse(ErrorCode::ModelNotFound, format!("there is no model folder at {path}")).with_hint(known))
+            }
+            ModelRef::Hub { .. } | ModelRef::Alias(_) => {
+                let message = format!("{model} is not on this machine, and this build does not fetch models");
+                Err(refuse(ErrorCode::ModelNotFound, message).with_hint(known))
+            }
+        }
+    }
+
+    fn simulates(&self) -> bool {
+        self.worker_args.iter().any(|arg| arg == "sim" || arg == "--backend=sim")
+    }
+
+    /// Bytes that the load needs, from the model's own header, read by a worker.
+    async fn needed(&self, spawn: &WorkerSpawn) -> Result<u64, ErrorBody> {
+        let plain = spawn.ctx.is_none() && spawn.slots.is_none_or(|slots| slots <= 8) && spawn.kv_type.is_none();
+        if self.simulates() || (spawn.model == ModelRef::Tinybee && plain && self.slots <= 8) {
+            return Ok(TINYBEE_NEEDS);
+        }
+        let mut command = std::process::Command::new(&self.worker);
+        command.arg("inspect").arg(spawn.model.to_string());
+        command.arg("--slots").arg(spawn.slots.unwrap_or(self.slots).to_string());
+        if let Some(ctx) = spawn.ctx {
+            command.arg("--ctx").arg(ctx.to_string());
+        }
+        if let Some(kv_type) = &spawn.kv_type {
+            command.arg("--kv-type").arg(kv_type);
+        }
+        let run = tokio::task::spawn_blocking(move || run_bounded(&mut command, INSPECT, 64 << 10)).await;
+        let failed = |what: String| {
+            refuse(ErrorCode::ModelLoadFailed, format!("cannot learn what {} needs: {what}", spawn.model))
+        };
+        let (code, bytes) = match run {
+            Ok(Ok(done)) => done,
+            Ok(Err(error)) => return Err(failed(error.to_string())),
+            Err(error) => return Err(failed(error.to_string())),
+        };
+        if code != Some(0) {
+            return Err(
+                serde_json::from_slice::<ErrorBody>(&bytes).unwrap_or_else(|_| failed(format!("exit code {code:?}")))
+            );
+        }
+        let needs: serde_json::Value = serde_json::from_slice(&bytes).map_err(|error| failed(error.to_string()))?;
+        needs["total"].as_u64().ok_or_else(|| failed("it does not say".into()))
+    }
+
+    /// Free memory less what is reserved and not yet in use.
+    fn check_memory(&self, device: &DeviceId, needed: u64) -> Result<(), ErrorBody> {
+        let measured =
+            self.devices.list().into_iter().find(|found| &found.id == device).map_or(0, |found| found.memory_free);
+        let coming = self.supervisor.list().into_iter().filter(|process| {
+            &process.device == device
+                && matches!(process.state, ProcessState::Spawning | ProcessState::Loading | ProcessState::Backoff)
+        });
+        let free = measured.saturating_sub(coming.map(|process| process.reserved).sum());
+        if needed <= free {
+            return Ok(());
+        }
+        let message =
+            format!("{device} has {} MiB free and the load needs {} MiB", free >> 20, needed.div_ceil(1 << 20));
+        Err(refuse(ErrorCode::InsufficientMemory, message)
+            .with_details(json!({ "needed": needed, "free": free, "would_fit": [] })))
+    }
+
+    /// Follows a worker until it serves.
+    async fn until_ready(&self, worker: &WorkerId, tell: &(dyn Fn(Event) + Sync)) -> Result<(), ErrorBody> {
+        let mut changes = self.supervisor.changes();
+        let mut told = None;
+        loop {
+            changes.mark_unchanged();
+            let gone = || refuse(ErrorCode::ModelLoadFailed, format!("worker {worker} is gone"));
+            let process = self.supervisor.get(worker).ok_or_else(gone)?;
+            match process.state {
+                ProcessState::Ready => return Ok(()),
+                ProcessState::Exited | ProcessState::Backoff | ProcessState::Draining => {
+                    let exit = process.last_exit.clone();
+                    let error = exit.as_ref().and_then(|exit| exit.error.clone());
+                    return Err(error.unwrap_or_else(|| {
+                        let (reason, tail) =
+                            exit.map_or((String::new(), String::new()), |exit| (exit.reason, exit.stderr_tail));
+                        let last = tail.lines().last().unwrap_or_default().to_owned();
+                        refuse(
+                            ErrorCode::ModelLoadFailed,
+                            format!("worker {worker} ended while it loaded ({reason}): {last}"),
+                        )
+                        .with_hint(format!("`rbee worker logs {worker}` has its output"))
+                    }));
+                }
+                ProcessState::Spawning | ProcessState::Loading => {
+                    if let Some(load) = process.load.filter(|load| told.as_ref() != Some(load)) {
+                        tell(Event::Progress {
+                            stage: load.stage.clone(),
+                            done: load.done,
+                            total: load.total,
+                            unit: load.unit.clone(),
+                            eta_ms: None,
+                            detail: Some(worker.to_string()),
+                        });
+                        told = Some(load);
+                    }
+                }
+            }
+            if changes.changed().await.is_err() {
+                return Err(gone());
+            }
+        }
+    }
+}

@@ -1,0 +1,306 @@
+//! What heartbeats mean: who lives, since when, and with how many free slots.
+//!
+//! Later heartbeats win, silence expires. The queen counts its own dispatches at once, so that two jobs never share the
+//! last slot while a heartbeat is on its way.
+
+use std::collections::{BTreeMap, HashMap};
+use std::time::Duration;
+
+use rbee_wire::hive::{HiveHeartbeat, Process, ProcessState};
+use rbee_wire::view::{HiveView, WorkerView};
+use rbee_wire::worker::{UsedOf, WorkerHeartbeat, WorkerState};
+use rbee_wire::{DeviceSpec, HiveId, Incarnation, ModelRef, WorkerId};
+
+/// No new dispatch after so much silence.
+pub const FRESH: Duration = Duration::from_millis(1200);
+/// Dead after so much silence.
+pub const DEAD: Duration = Duration::from_millis(1600);
+/// A step counter that stands still for so long with work running is a hung engine.
+pub const STALLED: Duration = Duration::from_secs(4);
+/// A hive's lease.
+pub const LEASE: Duration = Duration::from_secs(5);
+/// Ended lives that are remembered, to be refused.
+const MAX_ENDED: usize = 4096;
+
+/// A worker as the queen sees it.
+#[derive(Clone, Debug)]
+pub struct Worker {
+    /// Its last heartbeat.
+    pub beat: WorkerHeartbeat,
+    /// When that came.
+    pub heard: Duration,
+    /// Own dispatches that have not ended.
+    pub dispatched: u64,
+    /// It refused a dispatch, or could not be reached, since its last heartbeat.
+    pub refused: bool,
+    steps_moved: Duration,
+}
+
+impl Worker {
+    /// Slots in all and taken: by its own count or by ours, whichever is more.
+    pub fn slots(&self) -> UsedOf {
+        UsedOf { total: self.beat.slots.total, used: self.beat.slots.used.max(self.dispatched) }
+    }
+
+    /// Whether a job can be sent to it now.
+    pub fn able(&self, now: Duration) -> bool {
+        let slots = self.slots();
+        matches!(self.beat.state, WorkerState::Ready | WorkerState::Busy)
+            && now.saturating_sub(self.heard) <= FRESH
+            && !self.refused
+            && slots.used < slots.total
+    }
+
+    /// Whether it serves the model, or will.
+    pub fn serves(&self, model: &ModelRef) -> bool {
+        &self.beat.model == model && !matches!(self.beat.state, WorkerState::Draining | WorkerState::Stopped)
+    }
+
+    /// Whether it is on such a device.
+    pub fn is_on(&self, device: DeviceSpec) -> bool {
+        device == DeviceSpec::Auto || self.beat.device.as_str() == device.to_string()
+    }
+}
+
+/// A hive as the queen sees it.
+#[derive(Clone, Debug)]
+pub struct Hive {
+    /// Its last heartbeat.
+    pub beat: HiveHeartbeat,
+    /// When that came.
+    pub heard: Duration,
+}
+
+/// Everybody that beats.
+#[derive(Debug, Default)]
+pub struct Registry {
+    /// In order of registration.
+    pub workers: Vec<Worker>,
+    /// By name.
+    pub hives: BTreeMap<HiveId, Hive>,
+    ended: HashMap<WorkerId, Incarnation>,
+    suspected: bool,
+}
+
+/// What a heartbeat came to.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Beat {
+    /// It is the newest of its sender.
+    Taken,
+    /// It came late.
+    Old,
+    /// Its sender's life has ended.
+    Refused,
+    /// Its sender has begun a new life; the old one has ended.
+    NewLife,
+    /// Its sender says goodbye.
+    Stopped,
+}
+
+/// Why a worker is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gone {
+    /// Its process ended, or it cannot be heard of.
+    Lost,
+    /// Its process is there and makes no progress.
+    Stalled,
+}
+
+impl Registry {
+    /// A worker by its id.
+    pub fn worker(&self, id: &WorkerId) -> Option<&Worker> {
+        self.workers.iter().find(|worker| &worker.beat.worker_id == id)
+    }
+
+    /// A worker by its id.
+    pub fn worker_mut(&mut self, id: &WorkerId) -> Option<&mut Worker> {
+        self.workers.iter_mut().find(|worker| &worker.beat.worker_id == id)
+    }
+
+    /// Forgets a worker and refuses this life of it from here on.
+    pub fn remove(&mut self, id: &WorkerId) {
+        if let Some(at) = self.workers.iter().position(|worker| &worker.beat.worker_id == id) {
+            let worker = self.workers.remove(at);
+            self.end(id.clone(), worker.beat.incarnation);
+        }
+    }
+
+    fn end(&mut self, id: WorkerId, life: Incarnation) {
+        if self.ended.len() >= MAX_ENDED {
+            self.ended.clear();
+        }
+        self.ended.insert(id, life);
+    }
+
+    /// Takes a worker's heartbeat.
+    pub fn worker_beat(&mut self, beat: WorkerHeartbeat, now: Duration) -> Beat {
+        let id = beat.worker_id.clone();
+        if let Some(life) = self.ended.get(&id)
+            && beat.incarnation.counter <= life.counter
+            && (beat.incarnation == *life || beat.incarnation.counter < life.counter)
+        {
+            return Beat::Refused;
+        }
+        let stopped = beat.state == WorkerState::Stopped;
+        let Some(known) = self.worker_mut(&id) else {
+            if stopped {
+                self.end(id, beat.incarnation);
+            } else {
+                self.workers.push(Worker { beat, heard: now, dispatched: 0, refused: false, steps_moved: now });
+            }
+            return Beat::Taken;
+        };
+        if known.beat.incarnation != beat.incarnation {
+            if beat.incarnation.counter < known.beat.incarnation.counter {
+                return Beat::Refused;
+            }
+            let before = known.beat.incarnation.clone();
+            *known = Worker { beat, heard: now, dispatched: 0, refused: false, steps_moved: now };
+            self.end(id, before);
+            return Beat::NewLife;
+        }
+        if beat.seq <= known.beat.seq {
+            return Beat::Old;
+        }
+        if stopped {
+            return Beat::Stopped;
+        }
+        if beat.steps != known.beat.steps || !beat.working {
+            known.steps_moved = now;
+        }
+        known.beat = beat;
+        known.heard = now;
+        known.refused = false;
+        Beat::Taken
+    }
+
+    /// Takes a hive's heartbeat and gives the workers that it reports as ended.
+    pub fn hive_beat(&mut self, beat: HiveHeartbeat, now: Duration) -> (Beat, Vec<(WorkerId, Gone)>) {
+        if let Some(known) = self.hives.get(&beat.hive_id) {
+            let (old, new) = (&known.beat.incarnation, &beat.incarnation);
+            if new.counter < old.counter {
+                return (Beat::Refused, Vec::new());
+            }
+            if new == old && beat.seq <= known.beat.seq {
+                return (Beat::Old, Vec::new());
+            }
+        }
+        let dead = |process: &&Process| matches!(process.state, ProcessState::Exited | ProcessState::Backoff);
+        let ended = beat.processes.iter().filter(dead).filter_map(|process| {
+            let worker = self.worker(&process.worker_id)?;
+            // A process that was started again beats under a higher life than the one that ended.
+            let this_life = worker.beat.incarnation.counter <= process.incarnation.counter;
+            let stalled = process.last_exit.as_ref().is_some_and(|exit| exit.reason == "stalled");
+            this_life.then(|| (process.worker_id.clone(), if stalled { Gone::Stalled } else { Gone::Lost }))
+        });
+        let ended = ended.collect();
+        self.hives.insert(beat.hive_id.clone(), Hive { beat, heard: now });
+        (Beat::Taken, ended)
+    }
+
+    /// Nobody could be heard for so long, because the queen itself stood still.
+    pub fn extend(&mut self, by: Duration) {
+        for worker in &mut self.workers {
+            worker.heard += by;
+            worker.steps_moved += by;
+        }
+        for hive in self.hives.values_mut() {
+            hive.heard += by;
+        }
+    }
+
+    /// Workers that are gone by now: silent, or beating over an engine that hangs.
+    pub fn scan(&mut self, now: Duration) -> Vec<(WorkerId, Gone)> {
+        let silent = |worker: &&Worker| now.saturating_sub(worker.heard) > DEAD;
+        let dead: Vec<&Worker> = self.workers.iter().filter(silent).collect();
+        let mut hives: Vec<&HiveId> = dead.iter().map(|worker| &worker.beat.hive_id).collect();
+        hives.sort_unstable();
+        hives.dedup();
+        let suspicious = dead.len() >= 3 && hives.len() >= 2 && dead.len() * 2 > self.workers.len();
+        if suspicious && !self.suspected {
+            // So many at once: it is likelier that we do not hear than that they do not speak.
+            self.suspected = true;
+            for worker in &mut self.workers {
+                worker.heard = worker.heard.max(now.saturating_sub(DEAD) + DEAD);
+            }
+            return Vec::new();
+        }
+        if dead.is_empty() {
+            self.suspected = false;
+        }
+        let mut gone: Vec<(WorkerId, Gone)> =
+            dead.into_iter().map(|worker| (worker.beat.worker_id.clone(), self.silence(worker, now))).collect();
+        for worker in &self.workers {
+            if worker.beat.working
+                && worker.heard.saturating_sub(worker.steps_moved) >= STALLED
+                && !gone.iter().any(|(id, _)| id == &worker.beat.worker_id)
+            {
+                gone.push((worker.beat.worker_id.clone(), Gone::Stalled));
+            }
+        }
+        gone
+    }
+
+    /// What a silent worker suffers from: frozen, if its hive still sees its process.
+    fn silence(&self, worker: &Worker, now: Duration) -> Gone {
+        let hive = self.hives.get(&worker.beat.hive_id).filter(|hive| now.saturating_sub(hive.heard) <= LEASE);
+        let seen = hive.is_some_and(|hive| {
+            hive.beat.processes.iter().any(|process| {
+                process.worker_id == worker.beat.worker_id
+                    && process.incarnation == worker.beat.incarnation
+                    && matches!(process.state, ProcessState::Ready | ProcessState::Loading)
+            })
+        });
+        if seen { Gone::Stalled } else { Gone::Lost }
+    }
+
+    /// The workers as others see them.
+    pub fn worker_views(&self, now: Duration) -> Vec<WorkerView> {
+        self.workers.iter().map(|worker| view(worker, now)).collect()
+    }
+
+    /// The hives as others see them.
+    pub fn hive_views(&self, now: Duration) -> Vec<HiveView> {
+        let hives = self.hives.values().map(|hive| HiveView {
+            hive_id: hive.beat.hive_id.clone(),
+            incarnation: hive.beat.incarnation.clone(),
+            url: hive.beat.url.clone(),
+            alive: now.saturating_sub(hive.heard) <= LEASE,
+            age_ms: millis(now.saturating_sub(hive.heard)),
+            devices: hive.beat.devices.clone(),
+            processes: hive.beat.processes.clone(),
+            version: hive.beat.version.clone(),
+        });
+        hives.collect()
+    }
+}
+
+fn millis(span: Duration) -> u64 {
+    u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
+}
+
+fn view(worker: &Worker, now: Duration) -> WorkerView {
+    let beat = &worker.beat;
+    let slots = worker.slots();
+    let full = slots.total > 0 && slots.used >= slots.total;
+    WorkerView {
+        worker_id: beat.worker_id.clone(),
+        hive_id: beat.hive_id.clone(),
+        incarnation: beat.incarnation.clone(),
+        model: beat.model.clone(),
+        device: beat.device.clone(),
+        state: if full && beat.state == WorkerState::Ready { WorkerState::Busy } else { beat.state },
+        load: beat.load.clone(),
+        slots,
+        queue: beat.queue,
+        kv_blocks: beat.kv_blocks,
+        memory: beat.memory,
+        context: beat.context,
+        url: beat.url.clone(),
+        age_ms: millis(now.saturating_sub(worker.heard)),
+        numerics_id: beat.numerics_id.clone(),
+        prefill_rate: beat.prefill_rate,
+        decode_rate: beat.decode_rate,
+        version: beat.version.clone(),
+    }
+}

@@ -1,0 +1,605 @@
+//! The scheduler: jobs from their submission to their end, over whoever beats.
+
+use std::collections::{HashMap, VecDeque};
+use std::time::Duration;
+
+use rbee_wire::view::{HiveView, WorkerView};
+use rbee_wire::worker::{LoadProgress, WorkerState};
+use rbee_wire::{DeviceSpec, ErrorBody, ErrorCode, HiveId, JobId, ModelRef, WorkerId};
+use serde_json::json;
+
+use crate::registry::{Beat, Gone, Registry, Worker};
+use crate::{Config, Effect, Event, Want};
+
+/// A tick that comes later than this after the last one shows that the queen itself stood still.
+const LATE: Duration = Duration::from_millis(600);
+/// Workers that may break under one request.
+const MAX_BROKEN: usize = 2;
+/// A load that has ended well shows itself by a heartbeat within this time.
+const SHOW: Duration = Duration::from_secs(10);
+/// Beats that a worker which breaks has missed by then: it was frozen before.
+const MISSED: Duration = Duration::from_millis(1100);
+/// Waiting jobs that are told when they move up.
+const TOLD: u64 = 16;
+/// Ends of jobs that the service rate is measured over.
+const ENDS: usize = 32;
+
+/// A job that has not ended.
+#[derive(Debug)]
+struct Job {
+    want: Want,
+    model: ModelRef,
+    since: Duration,
+    running: Option<Running>,
+    /// Workers that broke under it or refused it.
+    avoid: Vec<WorkerId>,
+    broken: usize,
+    told: Told,
+}
+
+#[derive(Debug)]
+struct Running {
+    worker: WorkerId,
+    first_token: bool,
+}
+
+/// What a waiting job was told last.
+#[derive(Clone, Debug, PartialEq)]
+enum Told {
+    Nothing,
+    Queued(u64),
+    Loading(Option<LoadProgress>),
+}
+
+/// A load that was asked for.
+#[derive(Debug)]
+struct Load {
+    /// When it ended well; its worker must show itself soon after.
+    done: Option<Duration>,
+}
+
+/// The scheduler; see the crate.
+#[derive(Debug)]
+pub struct Scheduler {
+    config: Config,
+    registry: Registry,
+    jobs: HashMap<JobId, Job>,
+    waiting: VecDeque<JobId>,
+    loads: HashMap<(ModelRef, DeviceSpec, Option<HiveId>), Load>,
+    ends: VecDeque<Duration>,
+    ticked: Option<Duration>,
+    draining: bool,
+}
+
+/// What can be done for a waiting job.
+enum Place {
+    Dispatch { worker: WorkerId, why: String },
+    Queue,
+    AwaitLoad(Option<LoadProgress>),
+    StartLoad,
+    Reject(ErrorBody),
+}
+
+fn lost(worker: &WorkerId, gone: Gone) -> ErrorBody {
+    match gone {
+        Gone::Lost => {
+            ErrorBody::new(ErrorCode::WorkerLost, format!("worker {worker} ended in the middle of the answer"))
+                .with_hint(format!("run it again; `rbee worker logs {worker}` shows why it ended"))
+        }
+        Gone::Stalled => ErrorBody::new(ErrorCode::WorkerStalled, format!("worker {worker} stopped making progress")),
+    }
+}
+
+impl Scheduler {
+    /// A scheduler that knows nobody.
+    pub fn new(config: Config) -> Self {
+        Self {
+            config,
+            registry: Registry::default(),
+            jobs: HashMap::new(),
+            waiting: VecDeque::new(),
+            loads: HashMap::new(),
+            ends: VecDeque::new(),
+            ticked: None,
+            draining: false,
+        }
+    }
+
+    /// Takes an event and says what is to be done, in order.
+    pub fn handle(&mut self, now: Duration, event: Event) -> Vec<Effect> {
+        let mut out = Vec::new();
+        match event {
+            Event::WorkerBeat(beat) => self.worker_beat(*beat, now, &mut out),
+            Event::HiveBeat(beat) => {
+                let (verdict, gone) = self.registry.hive_beat(*beat, now);
+                if verdict == Beat::Refused {
+                    out.push(Effect::RefuseBeat);
+                }
+                for (worker, why) in gone {
+                    self.worker_gone(&worker, why, &mut out);
+                }
+            }
+            Event::Tick => self.tick(now, &mut out),
+            Event::Submit { job, want } => self.submit(job, want, now, &mut out),
+            Event::FirstToken { job, worker } => {
+                if let Some(running) = self.running_on(&job, &worker) {
+                    running.first_token = true;
+                }
+            }
+            Event::Ended { job, worker } => {
+                if self.running_on(&job, &worker).is_some() {
+                    self.release(&worker);
+                    self.jobs.remove(&job);
+                    self.ends.push_back(now);
+                    if self.ends.len() > ENDS {
+                        self.ends.pop_front();
+                    }
+                }
+            }
+            Event::DispatchFailed { job, worker, error, retry } => {
+                self.failed(job, &worker, error, retry, now, &mut out)
+            }
+            Event::Cancel { job } => {
+                if let Some(job) = self.jobs.remove(&job)
+                    && let Some(running) = job.running
+                {
+                    self.release(&running.worker);
+                }
+                self.waiting.retain(|waiting| waiting != &job);
+            }
+            Event::LoadProgress { model, progress } => self.load_moved(&model, &progress, &mut out),
+            Event::LoadDone { model, result } => self.load_done(&model, result, now, &mut out),
+            Event::Drain => self.draining = true,
+        }
+        self.pump(now, &mut out);
+        out
+    }
+
+    /// The workers as others see them.
+    pub fn workers(&self, now: Duration) -> Vec<WorkerView> {
+        self.registry.worker_views(now)
+    }
+
+    /// The hives as others see them.
+    pub fn hives(&self, now: Duration) -> Vec<HiveView> {
+        self.registry.hive_views(now)
+    }
+
+    /// What a worker's routes ask for.
+    pub fn bearer(&self, worker: &WorkerId) -> Option<&str> {
+        self.registry.worker(worker).map(|worker| worker.beat.bearer.as_str())
+    }
+
+    /// Jobs that wait.
+    pub fn queued(&self) -> usize {
+        self.waiting.len()
+    }
+
+    /// Jobs that run.
+    pub fn running(&self) -> usize {
+        self.jobs.len() - self.waiting.len()
+    }
+
+    fn running_on(&mut self, job: &JobId, worker: &WorkerId) -> Option<&mut Running> {
+        self.jobs.get_mut(job)?.running.as_mut().filter(|running| &running.worker == worker)
+    }
+
+    fn release(&mut self, worker: &WorkerId) {
+        if let Some(worker) = self.registry.worker_mut(worker) {
+            worker.dispatched = worker.dispatched.saturating_sub(1);
+            // The heartbeat counted it too; the next one will say how many there really are.
+            worker.beat.slots.used = worker.beat.slots.used.saturating_sub(1).max(worker.dispatched);
+        }
+    }
+
+    fn worker_beat(&mut self, beat: rbee_wire::worker::WorkerHeartbeat, now: Duration, out: &mut Vec<Effect>) {
+        let id = beat.worker_id.clone();
+        match self.registry.worker_beat(beat, now) {
+            Beat::Taken | Beat::Old => {}
+            Beat::Refused => out.push(Effect::RefuseBeat),
+            Beat::NewLife => self.orphan(&id, Gone::Lost, out),
+            Beat::Stopped => self.worker_gone(&id, Gone::Lost, out),
+        }
+        let Some(worker) = self.registry.worker(&id) else { return };
+        let (model, state, load) = (worker.beat.model.clone(), worker.beat.state, worker.beat.load.clone());
+        if matches!(state, WorkerState::Ready | WorkerState::Busy) {
+            self.loads.retain(|(loaded, _, _), load| loaded != &model || load.done.is_none());
+        } else if let (WorkerState::Starting, Some(progress)) = (state, load) {
+            self.load_moved(&model, &progress, out);
+        }
+    }
+
+    fn worker_gone(&mut self, worker: &WorkerId, gone: Gone, out: &mut Vec<Effect>) {
+        if self.registry.worker(worker).is_none() {
+            return;
+        }
+        self.registry.remove(worker);
+        out.push(Effect::Forget { worker: worker.clone() });
+        self.orphan(worker, gone, out);
+    }
+
+    /// The jobs of a worker that is gone: elsewhere if nothing of them is out, else over.
+    fn orphan(&mut self, worker: &WorkerId, gone: Gone, out: &mut Vec<Effect>) {
+        let on_it = |job: &Job| job.running.as_ref().is_some_and(|running| &running.worker == worker);
+        let mut orphans: Vec<JobId> =
+            self.jobs.iter().filter(|(_, job)| on_it(job)).map(|(id, _)| id.clone()).collect();
+        orphans.sort_unstable();
+        for id in orphans {
+            let out_already = self.jobs[&id].running.as_ref().is_some_and(|running| running.first_token);
+            self.broke(id, worker, lost(worker, gone), !out_already, out);
+        }
+    }
+
+    fn failed(
+        &mut self,
+        job: JobId,
+        worker: &WorkerId,
+        error: ErrorBody,
+        retry: bool,
+        now: Duration,
+        out: &mut Vec<Effect>,
+    ) {
+        if self.running_on(&job, worker).is_none() {
+            return;
+        }
+        let refusal = matches!(error.code, ErrorCode::Overloaded | ErrorCode::ModelLoading | ErrorCode::Draining);
+        let frozen = self.registry.worker(worker).is_some_and(|known| now.saturating_sub(known.heard) > MISSED);
+        if let Some(known) = self.registry.worker_mut(worker) {
+            known.refused = true;
+        }
+        if refusal && retry {
+            self.release(worker);
+            self.requeue(job);
+            return;
+        }
+        let error = if error.code == ErrorCode::WorkerLost && frozen { lost(worker, Gone::Stalled) } else { error };
+        self.broke(job, worker, error, retry, out);
+    }
+
+    /// A worker broke under a job.
+    fn broke(&mut self, id: JobId, worker: &WorkerId, error: ErrorBody, retry: bool, out: &mut Vec<Effect>) {
+        self.release(worker);
+        let Some(job) = self.jobs.get_mut(&id) else { return };
+        job.broken += 1;
+        job.avoid.push(worker.clone());
+        let pinned = job.want.worker_id.is_some();
+        if retry && job.broken < MAX_BROKEN && !pinned {
+            out.push(Effect::Halt { job: id.clone() });
+            self.requeue(id);
+            return;
+        }
+        let error = if retry && job.broken >= MAX_BROKEN {
+            let message = format!("{} workers ended under this request; the last: {}", job.broken, error.message);
+            ErrorBody::new(ErrorCode::RequestPoisoned, message)
+        } else {
+            error
+        };
+        self.jobs.remove(&id);
+        out.push(Effect::Abort { job: id, error });
+    }
+
+    /// Back to the head of the line: it waited its turn already.
+    fn requeue(&mut self, id: JobId) {
+        if let Some(job) = self.jobs.get_mut(&id) {
+            job.running = None;
+            job.told = Told::Nothing;
+            self.waiting.push_front(id);
+        }
+    }
+
+    fn tick(&mut self, now: Duration, out: &mut Vec<Effect>) {
+        if let Some(before) = self.ticked.replace(now)
+            && now.saturating_sub(before) > LATE
+        {
+            self.registry.extend(now.saturating_sub(before));
+        }
+        for (worker, why) in self.registry.scan(now) {
+            self.worker_gone(&worker, why, out);
+        }
+        let mut over: Vec<JobId> = Vec::new();
+        for (id, job) in &self.jobs {
+            let late = job.want.deadline.is_some_and(|deadline| now >= deadline);
+            let tired = matches!(job.told, Told::Queued(_))
+                && job.running.is_none()
+                && now >= job.since + self.config.queue_timeout;
+            if late || tired {
+                over.push(id.clone());
+            }
+        }
+        over.sort_unstable();
+        for id in over {
+            let Some(job) = self.jobs.remove(&id) else { continue };
+            self.waiting.retain(|waiting| waiting != &id);
+            let waited = now.saturating_sub(job.since).as_millis();
+            if job.want.deadline.is_some_and(|deadline| now >= deadline) {
+                let error =
+                    ErrorBody::new(ErrorCode::DeadlineExceeded, format!("the deadline passed after {waited} ms"));
+                match job.running {
+                    Some(running) => {
+                        self.release(&running.worker);
+                        out.push(Effect::Abort { job: id, error });
+                    }
+                    None => out.push(Effect::Reject { job: id, error }),
+                }
+            } else {
+                let message = format!("no worker for {} had a free slot within {waited} ms", job.model);
+                let error = ErrorBody::new(ErrorCode::QueueTimeout, message).with_retry_after(self.retry_after());
+                out.push(Effect::Reject { job: id, error });
+            }
+        }
+        let unseen: Vec<ModelRef> = self
+            .loads
+            .iter()
+            .filter(|(_, load)| load.done.is_some_and(|done| now > done + SHOW))
+            .map(|((model, _, _), _)| model.clone())
+            .collect();
+        for model in unseen {
+            let message = format!("{model} was loaded, but its worker's heartbeat does not come");
+            self.load_failed(&model, &ErrorBody::new(ErrorCode::ModelLoadFailed, message), out);
+        }
+    }
+
+    fn retry_after(&self) -> Duration {
+        let each = match (self.ends.front(), self.ends.back()) {
+            (Some(first), Some(last)) if self.ends.len() > 1 => {
+                last.saturating_sub(*first) / (self.ends.len() as u32 - 1)
+            }
+            _ => Duration::from_secs(1),
+        };
+        (each * u32::try_from(self.waiting.len()).unwrap_or(u32::MAX).max(1))
+            .clamp(Duration::from_secs(1), Duration::from_secs(60))
+    }
+
+    fn submit(&mut self, id: JobId, want: Want, now: Duration, out: &mut Vec<Effect>) {
+        if self.draining {
+            let error = ErrorBody::new(ErrorCode::Draining, "this queen is about to stop and takes no new jobs");
+            out.push(Effect::Reject { job: id, error });
+            return;
+        }
+        let (model, note) = self.model_of(&want);
+        if let Some(text) = note {
+            out.push(Effect::Note { job: id.clone(), text });
+        }
+        let job = Job { want, model, since: now, running: None, avoid: Vec::new(), broken: 0, told: Told::Nothing };
+        // Only a job that cannot start at once needs a place in the line.
+        let waits =
+            !matches!(self.place(&job, now), Place::Dispatch { .. } | Place::Reject(_)) || !self.waiting.is_empty();
+        if waits && self.waiting.len() >= self.config.queue_limit {
+            let message = format!("{} jobs wait already, and no more may", self.waiting.len());
+            let error = ErrorBody::new(ErrorCode::QueueFull, message).with_retry_after(self.retry_after());
+            out.push(Effect::Reject { job: id, error });
+            return;
+        }
+        self.jobs.insert(id.clone(), job);
+        self.waiting.push_back(id);
+    }
+
+    /// The model of a job, and what its owner should know of the choice.
+    fn model_of(&self, want: &Want) -> (ModelRef, Option<String>) {
+        if let Some(model) = &want.model {
+            return (model.clone(), None);
+        }
+        if let Some(worker) = want.worker_id.as_ref().and_then(|id| self.registry.worker(id)) {
+            return (worker.beat.model.clone(), None);
+        }
+        if let Some(model) = &self.config.default_model {
+            return (model.clone(), None);
+        }
+        let mut models: Vec<&ModelRef> = self
+            .registry
+            .workers
+            .iter()
+            .filter(|worker| matches!(worker.beat.state, WorkerState::Ready | WorkerState::Busy))
+            .map(|worker| &worker.beat.model)
+            .collect();
+        models.sort_unstable();
+        models.dedup();
+        match models[..] {
+            [only] => (only.clone(), None),
+            _ => {
+                let text = "no model named: tinybee, which is built in and very small, answers; name another with -m"
+                    .to_owned();
+                (ModelRef::Tinybee, Some(text))
+            }
+        }
+    }
+
+    /// Places what can be placed, oldest first, and tells the others how they stand.
+    fn pump(&mut self, now: Duration, out: &mut Vec<Effect>) {
+        let mut position = 0;
+        let mut waiting = std::mem::take(&mut self.waiting);
+        let mut left = VecDeque::with_capacity(waiting.len());
+        while let Some(id) = waiting.pop_front() {
+            let Some(job) = self.jobs.get(&id) else { continue };
+            let told = match self.place(job, now) {
+                Place::Dispatch { worker, why } => {
+                    self.dispatch(id, &worker, why, out);
+                    continue;
+                }
+                Place::Reject(error) => {
+                    self.jobs.remove(&id);
+                    out.push(Effect::Reject { job: id, error });
+                    continue;
+                }
+                Place::Queue => {
+                    position += 1;
+                    Told::Queued(position - 1)
+                }
+                Place::AwaitLoad(progress) => Told::Loading(progress),
+                Place::StartLoad => {
+                    let (model, hive) = (job.model.clone(), job.want.hive_id.clone());
+                    let device = job.want.device.unwrap_or_default();
+                    self.loads.insert((model.clone(), device, hive.clone()), Load { done: None });
+                    out.push(Effect::Load { model, device, hive });
+                    Told::Loading(None)
+                }
+            };
+            if let Some(job) = self.jobs.get_mut(&id) {
+                tell(&id, job, told, out);
+            }
+            left.push_back(id);
+        }
+        self.waiting = left;
+    }
+
+    fn place(&self, job: &Job, now: Duration) -> Place {
+        let want = &job.want;
+        if let Some(id) = &want.worker_id {
+            match self.registry.worker(id) {
+                None => {
+                    let message = format!("there is no active worker `{id}`; {}", self.inventory());
+                    return Place::Reject(ErrorBody::new(ErrorCode::WorkerNotFound, message));
+                }
+                Some(worker) if worker.beat.model != job.model => {
+                    let message = format!("worker {id} serves {}, not {}", worker.beat.model, job.model);
+                    return Place::Reject(ErrorBody::new(ErrorCode::NoWorker, message));
+                }
+                Some(_) => {}
+            }
+        }
+        let fits = |worker: &&Worker| {
+            worker.serves(&job.model)
+                && want.device.is_none_or(|device| worker.is_on(device))
+                && want.worker_id.as_ref().is_none_or(|id| &worker.beat.worker_id == id)
+                && want.hive_id.as_ref().is_none_or(|hive| &worker.beat.hive_id == hive)
+        };
+        let serving: Vec<&Worker> = self.registry.workers.iter().filter(fits).collect();
+        let fresh = |worker: &&&Worker| !job.avoid.contains(&worker.beat.worker_id);
+        let able: Vec<&Worker> = serving.iter().filter(|worker| worker.able(now)).filter(fresh).copied().collect();
+        if let Some((worker, why)) = self.config.policy.choose(&able, now) {
+            return Place::Dispatch { worker: worker.beat.worker_id.clone(), why };
+        }
+        let starting = |worker: &&&Worker| worker.beat.state == WorkerState::Starting;
+        if serving.iter().any(|worker| worker.beat.state != WorkerState::Starting) {
+            return Place::Queue;
+        }
+        if let Some(worker) = serving.iter().find(starting) {
+            return Place::AwaitLoad(worker.beat.load.clone());
+        }
+        if want.worker_id.is_some() {
+            let message = format!("worker {} takes no more jobs", want.worker_id.as_ref().map_or("", |id| id.as_str()));
+            return Place::Reject(ErrorBody::new(ErrorCode::NoWorker, message));
+        }
+        let device = want.device.unwrap_or_default();
+        if self.loads.contains_key(&(job.model.clone(), device, want.hive_id.clone())) {
+            return Place::AwaitLoad(None);
+        }
+        if want.no_load {
+            let message = format!("no worker serves {}; {}", job.model, self.inventory());
+            return Place::Reject(
+                ErrorBody::new(ErrorCode::NoWorker, message).with_details(json!({ "models": self.models() })),
+            );
+        }
+        Place::StartLoad
+    }
+
+    fn models(&self) -> Vec<String> {
+        let mut models: Vec<String> =
+            self.registry.workers.iter().map(|worker| worker.beat.model.to_string()).collect();
+        models.sort_unstable();
+        models.dedup();
+        models
+    }
+
+    /// What there is instead, as a sentence's end.
+    fn inventory(&self) -> String {
+        match &self.models()[..] {
+            [] => "nothing is loaded".into(),
+            models => format!("loaded: {}", models.join(", ")),
+        }
+    }
+
+    fn dispatch(&mut self, id: JobId, worker: &WorkerId, why: String, out: &mut Vec<Effect>) {
+        let Some(known) = self.registry.worker_mut(worker) else { return };
+        known.dispatched += 1;
+        out.push(Effect::Dispatch {
+            job: id.clone(),
+            worker: worker.clone(),
+            hive: known.beat.hive_id.clone(),
+            url: known.beat.url.clone(),
+            bearer: known.beat.bearer.clone(),
+            model: known.beat.model.clone(),
+            why,
+        });
+        if let Some(job) = self.jobs.get_mut(&id) {
+            job.running = Some(Running { worker: worker.clone(), first_token: false });
+        }
+    }
+
+    fn load_moved(&mut self, model: &ModelRef, progress: &LoadProgress, out: &mut Vec<Effect>) {
+        for id in &self.waiting {
+            if let Some(job) =
+                self.jobs.get_mut(id).filter(|job| &job.model == model && matches!(job.told, Told::Loading(_)))
+            {
+                tell(id, job, Told::Loading(Some(progress.clone())), out);
+            }
+        }
+    }
+
+    fn load_done(&mut self, model: &ModelRef, result: Result<(), ErrorBody>, now: Duration, out: &mut Vec<Effect>) {
+        match result {
+            Ok(()) => {
+                let serves = self.registry.workers.iter().any(|worker| {
+                    worker.serves(model) && matches!(worker.beat.state, WorkerState::Ready | WorkerState::Busy)
+                });
+                if serves {
+                    self.loads.retain(|(loaded, _, _), _| loaded != model);
+                } else {
+                    self.loads
+                        .iter_mut()
+                        .filter(|((loaded, _, _), _)| loaded == model)
+                        .for_each(|(_, load)| load.done = Some(now));
+                }
+            }
+            Err(mut error) => {
+                if error.code == ErrorCode::ModelNotFound {
+                    error.message = format!("{}; {}", error.message, self.inventory());
+                }
+                self.load_failed(model, &error, out);
+            }
+        }
+    }
+
+    /// Ends the jobs that wait for a load which failed. Others of the model, queued at a worker, go on waiting.
+    fn load_failed(&mut self, model: &ModelRef, error: &ErrorBody, out: &mut Vec<Effect>) {
+        self.loads.retain(|(loaded, _, _), _| loaded != model);
+        let waits = |job: &Job| &job.model == model && matches!(job.told, Told::Loading(_));
+        let failed: Vec<JobId> =
+            self.waiting.iter().filter(|id| self.jobs.get(id).is_some_and(waits)).cloned().collect();
+        for id in failed {
+            self.jobs.remove(&id);
+            self.waiting.retain(|waiting| waiting != &id);
+            out.push(Effect::Reject { job: id, error: error.clone() });
+        }
+    }
+}
+
+/// Tells a waiting job how it stands, if that has changed.
+fn tell(id: &JobId, job: &mut Job, told: Told, out: &mut Vec<Effect>) {
+    if job.told == told {
+        return;
+    }
+    match &told {
+        Told::Nothing => {}
+        Told::Queued(position) => {
+            let moved_up = matches!(job.told, Told::Queued(_)) && *position >= TOLD;
+            if !moved_up {
+                out.push(Effect::Queued { job: id.clone(), position: *position });
+            }
+        }
+        Told::Loading(progress) => {
+            if !matches!(job.told, Told::Loading(_)) {
+                out.push(Effect::Loading { job: id.clone(), model: job.model.clone() });
+            }
+            match progress {
+                Some(progress) if job.told != Told::Loading(Some(progress.clone())) => {
+                    out.push(Effect::Progress { job: id.clone(), progress: progress.clone() });
+                }
+                // The worker that loads is not heard of yet: what was told last still holds.
+                None if matches!(job.told, Told::Loading(Some(_))) => return,
+                _ => {}
+            }
+        }
+    }
+    job.told = told;
+}
