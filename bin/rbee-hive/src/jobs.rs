@@ -92,9 +92,12 @@ impl Jobs {
         let supervisor = &self.spawner.supervisor;
         match request {
             JobRequest::WorkerSpawn(spawn) => {
-                let view = self.spawner.ensure(&spawn, &|event| {
-                    log.push(&event);
-                }).await?;
+                let view = self
+                    .spawner
+                    .ensure(&spawn, &|event| {
+                        log.push(&event);
+                    })
+                    .await?;
                 log.push(&Event::data(&view));
             }
             JobRequest::WorkerProcessList(_) => {

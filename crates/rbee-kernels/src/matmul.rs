@@ -15,6 +15,9 @@ use crate::pool::Pool;
 /// Columns of a panel.
 pub const PANEL: usize = 16;
 
+/// Multiply-adds below which a product is left to the calling thread: about 100 microseconds of one core.
+const SMALL: usize = 1 << 21;
+
 /// Instruction sets a kernel may use; all give the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
@@ -159,6 +162,8 @@ pub fn matmul(pool: &mut Pool, isa: Isa, x: &[f32], w: &Packed, out: &mut [f32])
     let panels = n.div_ceil(PANEL);
     // Enough work per task to be worth a thread, enough tasks to even out.
     let per_task = (65_536 / (k * PANEL * m.max(1))).clamp(1, panels).max(panels.div_ceil(pool.threads() * 8));
+    // Waking a thread costs more than a small product.
+    let per_task = if m * n * k < SMALL { panels } else { per_task };
     let out = Out(out.as_mut_ptr());
     pool.run(panels.div_ceil(per_task), &|task| {
         let first = task * per_task;
@@ -483,7 +488,8 @@ mod tests {
 
     #[test]
     fn a_row_has_the_same_bits_alone_among_others_on_any_isa_and_any_threads() {
-        for (m, n, k) in [(1, 1, 1), (1, 64, 32), (2, 70, 33), (5, 100, 17), (6, 48, 64), (13, 129, 96), (40, 256, 192)] {
+        for (m, n, k) in [(1, 1, 1), (1, 64, 32), (2, 70, 33), (5, 100, 17), (6, 48, 64), (13, 129, 96), (40, 256, 192)]
+        {
             let x = values(m as u32, m * k);
             for weights in kinds(&values(n as u32, n * k)) {
                 let packed = Packed::new(&weights, n, k);

@@ -183,7 +183,8 @@ mod tests {
         let high = scores.iter().copied().fold(f64::MIN, f64::max);
         let total: f64 = scores.iter().map(|s| (s - high).exp()).sum();
         for (j, got) in out.iter().enumerate() {
-            let want: f64 = scores.iter().zip(&kv.1).map(|(s, v)| (s - high).exp() * f64::from(v[j])).sum::<f64>() / total;
+            let want: f64 =
+                scores.iter().zip(&kv.1).map(|(s, v)| (s - high).exp() * f64::from(v[j])).sum::<f64>() / total;
             assert!((f64::from(*got) - want).abs() < 1e-5, "{got} {want}");
         }
     }

@@ -6,30 +6,32 @@
 
 #![expect(unsafe_code, reason = "a borrowed closure is shared with threads that outlive the borrow's scope")]
 
-use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-/// Turns of the spinning wait before a thread parks: some tens of microseconds.
-const SPINS: u32 = 20_000;
+/// Turns of the spinning wait before a thread parks: some tens of microseconds, about the time between two operations of a
+/// step.
+const SPINS: u32 = 4_000;
 
 /// The work all threads take part in, with the lifetime of its borrow erased.
 #[derive(Clone, Copy)]
 struct Work {
+    round: u32,
     run: *const (dyn Fn(usize) + Sync),
-    tasks: usize,
+    tasks: u32,
 }
 
-// SAFETY: the closure is Sync, and `Pool::run` does not return before no thread uses it any more.
+// SAFETY: the closure is Sync, and it is called only for tasks that were claimed, which `Pool::run` waits for.
 unsafe impl Send for Work {}
 
 struct Shared {
-    /// Rises with each piece of work; threads wait for it to move.
-    round: AtomicUsize,
+    /// The round in the upper half, the next task in the lower: a task is claimed by raising the lower half while the upper
+    /// one is still the round whose work was read. A thread that comes late finds another round, or no task left.
+    claims: AtomicU64,
     work: Mutex<Option<Work>>,
-    next: AtomicUsize,
-    /// Threads that have not finished this round.
-    busy: AtomicUsize,
+    /// Tasks of this round that have ended.
+    done: AtomicU32,
     panicked: AtomicBool,
     parked: Mutex<()>,
     wake: Condvar,
@@ -47,10 +49,9 @@ impl Pool {
     /// A pool of so many threads, the caller's included.
     pub fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
-            round: AtomicUsize::new(0),
+            claims: AtomicU64::new(0),
             work: Mutex::new(None),
-            next: AtomicUsize::new(0),
-            busy: AtomicUsize::new(0),
+            done: AtomicU32::new(0),
             panicked: AtomicBool::new(false),
             parked: Mutex::new(()),
             wake: Condvar::new(),
@@ -82,35 +83,34 @@ impl Pool {
             return;
         }
         let shared = &*self.shared;
-        // SAFETY: only the lifetime changes. No thread touches the closure after this function returns: it waits
-        // until `busy` is zero, and a thread reads the work only between being counted busy and leaving.
-        let run: *const (dyn Fn(usize) + Sync + 'static) =
-            unsafe { std::mem::transmute(std::ptr::from_ref(task)) };
-        *shared.work.lock().unwrap_or_else(PoisonError::into_inner) = Some(Work { run, tasks });
-        shared.next.store(0, Ordering::Relaxed);
-        shared.busy.store(self.threads.len(), Ordering::Relaxed);
-        shared.round.fetch_add(1, Ordering::SeqCst);
+        let count = u32::try_from(tasks).expect("a step has fewer than 2^32 tasks");
+        let round = (shared.claims.load(Ordering::Relaxed) >> 32) as u32;
+        let round = round.wrapping_add(1);
+        // SAFETY: only the lifetime changes. The closure is called for claimed tasks only, and this function returns when
+        // all tasks of the round have ended; a later claim for this round cannot succeed.
+        let run: *const (dyn Fn(usize) + Sync + 'static) = unsafe { std::mem::transmute(std::ptr::from_ref(task)) };
+        let work = Work { round, run, tasks: count };
+        *shared.work.lock().unwrap_or_else(PoisonError::into_inner) = Some(work);
+        shared.done.store(0, Ordering::Relaxed);
+        shared.claims.store(u64::from(round) << 32, Ordering::SeqCst);
         if shared.sleepers.load(Ordering::SeqCst) > 0 {
             let _parked = shared.parked.lock().unwrap_or_else(PoisonError::into_inner);
             shared.wake.notify_all();
         }
-        let own = catch_unwind(AssertUnwindSafe(|| shared.take(task, tasks)));
+        shared.take(work);
+        // Every task is claimed; those that others claimed are being worked on right now.
         let mut spins = 0u32;
-        while shared.busy.load(Ordering::Acquire) > 0 {
+        while shared.done.load(Ordering::Acquire) < count {
             spins += 1;
             if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
-        if let Err(panic) = own {
-            resume_unwind(panic);
-        }
-        assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a compute thread panicked");
+        assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a compute task panicked");
     }
 }
 
 impl Drop for Pool {
     fn drop(&mut self) {
         self.shared.stop.store(true, Ordering::SeqCst);
-        self.shared.round.fetch_add(1, Ordering::SeqCst);
         drop(self.shared.parked.lock().unwrap_or_else(PoisonError::into_inner));
         self.shared.wake.notify_all();
         for thread in self.threads.drain(..) {
@@ -129,45 +129,77 @@ impl Shared {
             }
             let work = *self.work.lock().unwrap_or_else(PoisonError::into_inner);
             if let Some(work) = work {
-                // SAFETY: this thread is counted in `busy` until it says otherwise below, and `Pool::run`, which
-                // borrows the closure, waits for that.
-                let task = unsafe { &*work.run };
-                if catch_unwind(AssertUnwindSafe(|| self.take(task, work.tasks))).is_err() {
-                    self.panicked.store(true, Ordering::Relaxed);
-                }
+                self.take(work);
             }
-            self.busy.fetch_sub(1, Ordering::Release);
         }
     }
 
-    fn take(&self, task: &(dyn Fn(usize) + Sync), tasks: usize) {
+    /// Works on tasks of this round until none is left to claim.
+    fn take(&self, work: Work) {
+        let mut claims = self.claims.load(Ordering::SeqCst);
         loop {
-            let i = self.next.fetch_add(1, Ordering::Relaxed);
-            if i >= tasks {
+            let (round, next) = ((claims >> 32) as u32, claims as u32);
+            if round != work.round || next >= work.tasks {
                 return;
             }
-            task(i);
+            match self.claims.compare_exchange_weak(claims, claims + 1, Ordering::SeqCst, Ordering::SeqCst) {
+                Err(now) => claims = now,
+                Ok(_) => {
+                    // SAFETY: the task is claimed and not counted as done, so `Pool::run` has not returned and the
+                    // closure it borrows is alive.
+                    let task = unsafe { &*work.run };
+                    if catch_unwind(AssertUnwindSafe(|| task(next as usize))).is_err() {
+                        self.panicked.store(true, Ordering::Relaxed);
+                    }
+                    self.done.fetch_add(1, Ordering::Release);
+                    claims = self.claims.load(Ordering::SeqCst);
+                }
+            }
         }
     }
 
     /// Waits for a round other than `seen`.
-    fn wait(&self, seen: usize) -> usize {
+    fn wait(&self, seen: u32) -> u32 {
+        let round = || (self.claims.load(Ordering::SeqCst) >> 32) as u32;
         for _ in 0..SPINS {
-            let round = self.round.load(Ordering::SeqCst);
-            if round != seen {
-                return round;
+            if round() != seen || self.stop.load(Ordering::SeqCst) {
+                return round();
             }
             std::hint::spin_loop();
         }
         let mut parked = self.parked.lock().unwrap_or_else(PoisonError::into_inner);
         self.sleepers.fetch_add(1, Ordering::SeqCst);
-        loop {
-            let round = self.round.load(Ordering::SeqCst);
-            if round != seen {
-                self.sleepers.fetch_sub(1, Ordering::SeqCst);
-                return round;
-            }
+        while round() == seen && !self.stop.load(Ordering::SeqCst) {
             parked = self.wake.wait(parked).unwrap_or_else(PoisonError::into_inner);
         }
+        self.sleepers.fetch_sub(1, Ordering::SeqCst);
+        round()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_task_runs_once_in_every_round() {
+        let mut pool = Pool::new(4);
+        for tasks in [0usize, 1, 2, 3, 17, 100] {
+            for _ in 0..500 {
+                let counts: Vec<AtomicUsize> = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+                pool.run(tasks, &|i| {
+                    counts[i].fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn a_panic_of_a_task_is_the_callers() {
+        let mut pool = Pool::new(2);
+        let run = catch_unwind(AssertUnwindSafe(|| pool.run(10, &|i| assert!(i != 7))));
+        assert!(run.is_err());
+        pool.run(3, &|_| ());
     }
 }

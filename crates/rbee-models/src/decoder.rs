@@ -108,6 +108,9 @@ impl Decoder {
     }
 }
 
+/// Multiply-adds of attention below which the other threads are left asleep.
+const SMALL: usize = 1 << 20;
+
 /// Rope, the write into the KV, and causal attention over it: `[rows, (heads + 2 kv_heads) * dim]` to `[rows, heads * dim]`.
 struct Attention<'a, T> {
     layer: usize,
@@ -164,7 +167,9 @@ impl<T: KvElement> CustomOp1 for Attention<'_, T> {
         let scale = 1.0 / (dim as f32).sqrt();
         let group = heads / kv_heads;
         // One task is one KV head of one row: its query heads share the keys.
-        compute.run(rows.len() * kv_heads, &|task| {
+        let tasks = rows.len() * kv_heads;
+        let work: usize = rows.iter().map(|row| row.position + 1).sum::<usize>() * heads * dim * 2;
+        let attend = |task: usize| {
             let (r, kv_head) = (task / kv_heads, task % kv_heads);
             let row = &rows[r];
             let kv_rows = store.rows(*layer, kv_head, row.blocks);
@@ -175,7 +180,12 @@ impl<T: KvElement> CustomOp1 for Attention<'_, T> {
                 let out = unsafe { out.part((r * heads + head) * dim, dim) };
                 ops::attend(q, &kv_rows, row.position + 1, scale, out, &mut scratch);
             }
-        });
+        };
+        if work < SMALL {
+            (0..tasks).for_each(attend)
+        } else {
+            compute.run(tasks, &attend)
+        }
         Ok((CpuStorage::F32(result), Shape::from((rows.len(), heads * dim))))
     }
 }

@@ -20,6 +20,7 @@ pub use error::Error;
 pub use files::ModelFiles;
 pub use kv::KvType;
 pub use loader::inspect;
+pub use rbee_weights::Error as FileError;
 pub use rbee_weights::config::GenerationDefaults;
 pub use rbee_weights::needs::Needs;
 pub use runner::{CandleRunner, RunnerOptions, load};

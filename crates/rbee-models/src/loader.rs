@@ -6,10 +6,10 @@ use candle_core::{DType, Device, Tensor};
 use half::{bf16, f16};
 use rbee_kernels::candle::{Compute, Linear, RmsNorm};
 use rbee_kernels::{Packed, Weights};
+use rbee_weights::Error as FileError;
 use rbee_weights::config::{GenerationDefaults, ModelConfig};
 use rbee_weights::needs::{Needs, needs};
 use rbee_weights::safetensors::{Dtype, Index, TensorInfo, header_len, shards};
-use rbee_weights::Error as FileError;
 use sha2::{Digest, Sha256};
 
 use crate::decoder::{Decoder, Layer};
@@ -115,7 +115,8 @@ impl Opened {
     /// A tensor of this name and shape, in its own type.
     fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor, Error> {
         let file = self.files.first().map_or(SINGLE, |(file, _, _)| file);
-        let (bytes, info) = self.find(name).ok_or_else(|| FileError::corrupt(file, format!("tensor `{name}` is missing")))?;
+        let (bytes, info) =
+            self.find(name).ok_or_else(|| FileError::corrupt(file, format!("tensor `{name}` is missing")))?;
         if info.shape != shape {
             return Err(FileError::corrupt(
                 file,

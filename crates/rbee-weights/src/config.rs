@@ -152,7 +152,10 @@ impl ModelConfig {
             ));
         }
         if read.get("quantization_config").is_some() {
-            return Err(Error::unsupported(CONFIG, "`quantization_config`: only plain f32, f16 and bf16 weights are read"));
+            return Err(Error::unsupported(
+                CONFIG,
+                "`quantization_config`: only plain f32, f16 and bf16 weights are read",
+            ));
         }
         match read.get("hidden_act").and_then(Value::as_str) {
             None | Some("silu" | "swish") => {}

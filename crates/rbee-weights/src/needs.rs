@@ -24,9 +24,17 @@ const PROCESS: u64 = 24 << 20;
 
 /// What a model of this config needs with weights of `weights` bytes, KV elements of `kv_size` bytes, room for
 /// `positions` positions and steps of `step_tokens` tokens.
-pub fn needs(config: &ModelConfig, weights: u64, kv_size: u64, context: u64, positions: u64, step_tokens: u64) -> Needs {
+pub fn needs(
+    config: &ModelConfig,
+    weights: u64,
+    kv_size: u64,
+    context: u64,
+    positions: u64,
+    step_tokens: u64,
+) -> Needs {
     let kv_per_token = 2 * (config.layers * config.kv_heads * config.head_dim) as u64 * kv_size;
-    let widest = config.hidden * 3 + config.intermediate * 2 + (config.heads * 2 + config.kv_heads * 2) * config.head_dim;
+    let widest =
+        config.hidden * 3 + config.intermediate * 2 + (config.heads * 2 + config.kv_heads * 2) * config.head_dim;
     let rope = config.head_dim as u64 * 4 * context;
     let scratch = PROCESS + rope + step_tokens * 4 * widest as u64 + step_tokens.min(64) * 4 * config.vocab as u64;
     let kv = kv_per_token * positions;

@@ -141,7 +141,8 @@ impl Index {
             if raw.shape.len() > MAX_RANK {
                 return Err(corrupt(format!("tensor `{shown}` has {} dimensions", raw.shape.len())));
             }
-            let (dtype, bits) = dtype(&raw.dtype).ok_or_else(|| corrupt(format!("tensor `{shown}` has an unknown type")))?;
+            let (dtype, bits) =
+                dtype(&raw.dtype).ok_or_else(|| corrupt(format!("tensor `{shown}` has an unknown type")))?;
             let bytes = raw
                 .shape
                 .iter()
@@ -253,8 +254,16 @@ mod tests {
             (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[8,4]}}"#, 8, "cut short"),
             (r#"{"a":{"dtype":"F32","shape":[4294967296,4294967296],"data_offsets":[0,0]}}"#, 0, "has 0 bytes"),
             (r#"{"a":{"dtype":"X","shape":[],"data_offsets":[0,4]}}"#, 4, "unknown type"),
-            (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}"#, 8, "stands twice"),
-            (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 4, "overlap"),
+            (
+                r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}"#,
+                8,
+                "stands twice",
+            ),
+            (
+                r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},"b":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#,
+                4,
+                "overlap",
+            ),
             (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[4,8]}}"#, 8, "holes"),
             (r#"{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}"#, 8, "after its last"),
             (r#"{"a":{"dtype":"F32","shape":[1,1,1,1,1,1,1,1,1],"data_offsets":[0,4]}}"#, 4, "dimensions"),
@@ -281,7 +290,9 @@ mod tests {
     fn shards_stay_beside_their_index() {
         let index = |file: &str| shards(format!(r#"{{"weight_map":{{"a":"{file}"}}}}"#).as_bytes());
         assert_eq!(index("model-1.safetensors").unwrap(), ["model-1.safetensors"]);
-        for file in ["../x.safetensors", "/x.safetensors", "a/x.safetensors", ".x.safetensors", "x.bin", "..safetensors"] {
+        for file in
+            ["../x.safetensors", "/x.safetensors", "a/x.safetensors", ".x.safetensors", "x.bin", "..safetensors"]
+        {
             assert!(index(file).is_err(), "{file}");
         }
     }

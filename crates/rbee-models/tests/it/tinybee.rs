@@ -19,7 +19,9 @@ fn chat(question: &str) -> String {
 fn greedy_samples_of_the_model_card_are_reproduced() {
     let story = answer("Once upon a time", 220);
     assert!(
-        story.starts_with(", there was a hungry boy named Theo. Theo had a silver ring that he loved very much. One day, Theo found"),
+        story.starts_with(
+            ", there was a hungry boy named Theo. Theo had a silver ring that he loved very much. One day, Theo found"
+        ),
         "{story}"
     );
     assert!(story.ends_with("And every summer, Theo sailed to the island with Anna the girl."), "{story}");

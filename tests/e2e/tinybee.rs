@@ -1,0 +1,118 @@
+//! The built-in model: it says what its card says, and its free text reads well.
+
+use std::thread;
+
+use std::collections::HashSet;
+
+use rbee_testkit::story::check_story;
+use rbee_testkit::{Cluster, Setup};
+use rbee_wire::event::FinishReason;
+use serde_json::json;
+
+fn ask(cluster: &Cluster, prompt: &str, more: &[&str]) -> String {
+    cluster.rbee(&[&["infer", "-q", "-p", prompt][..], more].concat()).exits(0).stdout
+}
+
+#[test]
+fn it_reproduces_the_samples_of_its_card() {
+    let cluster = Setup::real().warm();
+    let greedy = ["--temperature", "0"];
+    let story = ask(&cluster, "Once upon a time", &["--raw", "--temperature", "0"]);
+    assert_eq!(
+        story.trim_end(),
+        ", there was a hungry boy named Theo. Theo had a silver ring that he loved very much. One day, Theo found a \
+         little silver boat on the beach. Theo sailed past a big whale, singing a song. Suddenly there was a hole in the \
+         boat, and water came in. A dolphin came out of the water. \"I will push you,\" it said. At last, he saw land. \
+         There was an island full of flowers. And every summer, Theo sailed to the island with Anna the girl."
+    );
+    for (prompt, answer) in [
+        ("What do bees make?", "Bees make honey."),
+        ("Why is the sky blue?", "The sky is blue because the air scatters blue light from the sun."),
+        ("Explain quantum physics.", "I do not know. I am too small for that question."),
+        ("What is 7 + 5?", "7 + 5 = 12."),
+        ("Who are you?", "I am tinybee, a very small language model that lives inside rbee."),
+    ] {
+        assert_eq!(ask(&cluster, prompt, &greedy).trim(), answer, "{prompt}");
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_text_alone_and_among_others() {
+    let cluster = Setup::real().warm();
+    let seeded = |seed: &str| ask(&cluster, "Write a story about a fox", &["--seed", seed, "--max-tokens", "60"]);
+    let alone = seeded("11");
+    assert_ne!(alone, seeded("12"));
+    let among: Vec<String> = thread::scope(|scope| {
+        let others: Vec<_> = (0..5)
+            .map(|i| {
+                let cluster = &cluster;
+                scope.spawn(move || ask(cluster, &format!("Tell me about bee number {i}."), &["--max-tokens", "80"]))
+            })
+            .collect();
+        let same: Vec<_> = (0..3).map(|_| scope.spawn(|| seeded("11"))).collect();
+        others.into_iter().for_each(|thread| drop(thread.join().unwrap()));
+        same.into_iter().map(|thread| thread.join().unwrap()).collect()
+    });
+    assert!(among.iter().all(|text| *text == alone), "{alone:?} {among:#?}");
+}
+
+/// Things that people ask a small model, and that it was made for.
+const PROMPTS: [&str; 30] = [
+    "Write a story about a fox",
+    "Tell me a story about a bee and a bear.",
+    "Write a story about a frog.",
+    "Tell me a story about a girl who lost something.",
+    "Write a short story about a mouse.",
+    "Tell me a story about a storm.",
+    "Please write a story about a rabbit.",
+    "Tell me a story about a brave bird.",
+    "Write a story about an owl.",
+    "Tell me a bedtime story.",
+    "Write a story about a hedgehog who finds a treasure.",
+    "Tell me a story about two friends.",
+    "What do bees make?",
+    "Why is the sky blue?",
+    "What is the capital of France?",
+    "How many legs does a spider have?",
+    "What is the opposite of hot?",
+    "What color is grass?",
+    "What do cows eat?",
+    "What is 2 + 3?",
+    "Who are you?",
+    "What can you do?",
+    "Hello!",
+    "How are you?",
+    "Thank you!",
+    "What is rbee?",
+    "Explain quantum physics.",
+    "Who won the election?",
+    "What is a fish?",
+    "Where do birds live?",
+];
+
+#[test]
+fn thirty_prompts_at_its_own_sampling_read_well() {
+    let cluster = Setup::real().warm();
+    let words = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/../tinybee/words.txt")).unwrap();
+    let words: HashSet<&str> = words.lines().collect();
+    let jobs: Vec<String> = PROMPTS
+        .iter()
+        .zip(1u64..)
+        .map(|(prompt, seed)| {
+            let messages = json!([{ "role": "user", "content": prompt }]);
+            cluster.post(&json!({ "operation": "infer", "messages": messages, "seed": seed, "detach": true }))
+        })
+        .collect();
+    let mut bad = Vec::new();
+    for (prompt, job) in PROMPTS.iter().zip(jobs) {
+        let told = cluster.queen().listen(&format!("/v1/jobs/{job}/stream"), None).rest().whole();
+        let text = told.text();
+        if told.done().choices[0].finish_reason != FinishReason::Stop {
+            bad.push(format!("{prompt}: it does not end by itself: {text}"));
+        }
+        if let Err(problems) = check_story(&text, &words) {
+            bad.push(format!("{prompt}: {problems:?}: {text}"));
+        }
+    }
+    assert!(bad.is_empty(), "{} of {}: {bad:#?}", bad.len(), PROMPTS.len());
+}

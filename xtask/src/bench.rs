@@ -1,0 +1,48 @@
+//! `cargo xtask bench`: figures for `docs/PERFORMANCE.md`, measured on real processes.
+//!
+//! The programs must be built: `cargo build --release --workspace --bins`.
+
+mod machine;
+mod relay;
+mod start;
+
+use anyhow::{Result, bail};
+
+const USAGE: &str =
+    "usage: cargo xtask bench relay [--streams N] [--tokens N] [--workers N] [--rounds N] | bench start [--times N]";
+
+/// Runs the bench that the arguments after `bench` name.
+///
+/// # Errors
+/// A wrong command line, or a bench that could not measure or found a token that must not be.
+pub fn run(args: &[String]) -> Result<()> {
+    match args.split_first() {
+        Some((name, rest)) if name == "relay" => relay::run(&relay::Plan::parse(rest)?),
+        Some((name, rest)) if name == "start" => start::run(numbers(rest, [("--times", 7)])?[0]),
+        _ => bail!(USAGE),
+    }
+}
+
+/// Flags that take a whole number, in the order of their defaults.
+fn numbers<const N: usize>(args: &[String], mut flags: [(&str, usize); N]) -> Result<[usize; N]> {
+    for pair in args.chunks(2) {
+        let flag = flags.iter_mut().find(|(name, _)| pair[0] == *name);
+        match (flag, pair.get(1).and_then(|text| text.parse().ok())) {
+            (Some(flag), Some(number)) if number > 0 => flag.1 = number,
+            _ => bail!(USAGE),
+        }
+    }
+    Ok(flags.map(|(_, number)| number))
+}
+
+/// The value below which this share of sorted values lies.
+fn quantile(sorted: &[f64], share: f64) -> f64 {
+    let last = sorted.len().saturating_sub(1);
+    sorted.get((last as f64 * share).round() as usize).copied().unwrap_or(f64::NAN)
+}
+
+fn sorted(values: impl IntoIterator<Item = f64>) -> Vec<f64> {
+    let mut values: Vec<f64> = values.into_iter().collect();
+    values.sort_by(f64::total_cmp);
+    values
+}
