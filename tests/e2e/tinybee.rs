@@ -83,7 +83,7 @@ const PROMPTS: [&str; 30] = [
     "Hello!",
     "How are you?",
     "Thank you!",
-    "What is rbee?",
+    "What is a bee?",
     "Explain quantum physics.",
     "Who won the election?",
     "What is a fish?",

@@ -24,6 +24,7 @@ pub fn by_hand(cli: &Cli) -> Result<WorkerCharge, ErrorBody> {
         hive_id: HiveId::new("by-hand").expect("short words make an id"),
         bearer: random_hex(32),
         queen_url: cli.queen.clone(),
+        queen_token: std::env::var("RBEE_TOKEN").ok(),
         model: cli.model.clone(),
         device: DeviceId::new(device).expect("a short word is an id"),
         ctx: cli.sizes.ctx,

@@ -18,9 +18,9 @@ const LEAST: Duration = Duration::from_millis(50);
 const GIVE_UP: Duration = Duration::from_millis(900);
 
 /// Runs on the heartbeat thread until the worker has stopped. `up` carries the beat to the hive.
-pub fn run(status: &Status, queen_url: &str, up: &dyn Fn(u64, bool)) -> std::io::Result<()> {
+pub fn run(status: &Status, up: &dyn Fn(u64, bool)) -> std::io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    let queen = QueenClient::new(queen_url, None);
+    let queen = QueenClient::new(&status.charge().queen_url, status.charge().queen_token.clone());
     runtime.block_on(async {
         let mut changes = status.changes();
         let mut meter = Meter::default();

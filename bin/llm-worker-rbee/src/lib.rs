@@ -151,13 +151,12 @@ fn start_heartbeats(status: &Status, end: Option<Arc<WorkerEnd>>) -> Result<std:
     std::thread::Builder::new()
         .name("heartbeat".into())
         .spawn(move || {
-            let queen = status.charge().queen_url.clone();
             let up = |steps, working| {
                 if let Some(end) = &end {
                     end.send(&ControlUp::Beat { steps, working });
                 }
             };
-            if let Err(error) = heartbeat::run(&status, &queen, &up) {
+            if let Err(error) = heartbeat::run(&status, &up) {
                 tracing::error!(%error, "no heartbeats: the worker ends");
                 std::process::exit(1);
             }

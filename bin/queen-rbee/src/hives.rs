@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rbee_client::{ClientError, HiveClient};
 use rbee_scheduler::Event as Heard;
-use rbee_service::JobLog;
+use rbee_service::{JobLog, port_holder};
 use rbee_supervisor::daemon::{self, DaemonSpec, sibling};
 use rbee_wire::event::Event;
 use rbee_wire::job::WorkerSpawn;
@@ -79,14 +79,19 @@ impl Hives {
         let client = HiveClient::new(&at, self.token.clone());
         match client.info().await {
             Ok(info) if info.home_proof.as_deref() == Some(&self.home_proof) => return Ok(client),
-            Ok(info) => {
-                let message = format!("{} of another home listens on {}", info.program, self.bind);
-                return Err(ErrorBody::new(ErrorCode::HiveUnreachable, message).with_hint(
-                    "give this home's hive another address with RBEE_HIVE_BIND, or hive_bind in config.toml",
-                ));
+            Err(ClientError::Unreachable { .. }) if wake == Wake::IfNeeded => {}
+            Err(error @ ClientError::Unreachable { .. }) => return Err(unreachable(hive, error)),
+            other => {
+                let who = port_holder(self.bind);
+                let what = match other {
+                    Ok(info) => format!("it is {} of another home", info.program),
+                    Err(error) => error.to_string(),
+                };
+                let message =
+                    format!("{who} has the address of this home's hive, {}, and is not that hive: {what}", self.bind);
+                return Err(ErrorBody::new(ErrorCode::HiveUnreachable, message)
+                    .with_hint("give the hive another address with RBEE_HIVE_BIND, or hive_bind in config.toml"));
             }
-            Err(ClientError::Unreachable { .. } | ClientError::Broken { .. }) if wake == Wake::IfNeeded => {}
-            Err(error) => return Err(unreachable(hive, error)),
         }
         let url = self.start().await?;
         *local = Some(url.clone());

@@ -116,10 +116,13 @@ async fn post_job(
     let request_id =
         current_request_id().unwrap_or_else(|| RequestId::new(random_hex(16)).expect("hexadecimal digits make an id"));
     let (job, new) = api.ops.jobs.create(request, request_id, key.map(|key| (key, &body[..])))?;
+    let unclaimed = new.then(|| Unclaimed(Some((api.clone(), std::sync::Arc::clone(&job)))));
     if new && let Err(error) = begin(&api, &job).await {
         api.ops.jobs.withdraw(&job.id);
+        unclaimed.map(Unclaimed::claimed);
         return Err(error.into());
     }
+    unclaimed.map(Unclaimed::claimed);
     let streams = headers.get(header::ACCEPT).is_some_and(|accept| accept.as_bytes().starts_with(b"text/event-stream"));
     if streams {
         let at_once = if new { Leaving::Cancels } else { Leaving::Grace };
@@ -128,6 +131,26 @@ async fn post_job(
     cancel_if_alone(&api, &job);
     let sse_url = routes::JOB_STREAM.replace("{id}", job.id.as_str());
     Ok((StatusCode::ACCEPTED, Json(JobAccepted { job_id: job.id.clone(), sse_url })).into_response())
+}
+
+/// A new job whose poster has not been answered. A client that leaves before that ends this request's task at any await, and
+/// with it the job: nobody will ever learn its id.
+struct Unclaimed(Option<(Api, std::sync::Arc<Job>)>);
+
+impl Unclaimed {
+    fn claimed(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Unclaimed {
+    fn drop(&mut self) {
+        if let Some((api, job)) = self.0.take()
+            && !job.detached
+        {
+            tokio::spawn(async move { cancel(&api, &job).await });
+        }
+    }
 }
 
 /// Sets a new job to work.

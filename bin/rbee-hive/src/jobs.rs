@@ -92,13 +92,15 @@ impl Jobs {
         let supervisor = &self.spawner.supervisor;
         match request {
             JobRequest::WorkerSpawn(spawn) => {
-                let view = self
+                let views = self
                     .spawner
                     .ensure(&spawn, &|event| {
                         log.push(&event);
                     })
                     .await?;
-                log.push(&Event::data(&view));
+                for view in views {
+                    log.push(&Event::data(&view));
+                }
             }
             JobRequest::WorkerProcessList(_) => {
                 for process in supervisor.list() {

@@ -89,6 +89,7 @@ async fn serve_hive(cli: &Cli, home: &Home, settings: Settings) -> Result<(), Er
     let spawner = Arc::new(Spawner {
         hive_id: cli.hive_id.clone(),
         queen_url: settings.queen_url.value.clone(),
+        queen_token: token.clone(),
         worker,
         worker_args: cli.worker_args.split_whitespace().map(str::to_owned).collect(),
         slots: settings.slots.value,

@@ -29,6 +29,8 @@ pub struct Spawner {
     pub hive_id: HiveId,
     /// Where workers' heartbeats go.
     pub queen_url: String,
+    /// What the queen asks for, where it asks for something.
+    pub queen_token: Option<String>,
     /// The CPU worker's program.
     pub worker: PathBuf,
     /// Arguments of every worker.
@@ -57,56 +59,64 @@ impl Spawner {
     ///
     /// # Errors
     /// The refusal, or the worker's own error when it does not come up.
-    pub async fn ensure(&self, spawn: &WorkerSpawn, tell: &(dyn Fn(Event) + Sync)) -> Result<SpawnView, ErrorBody> {
+    pub async fn ensure(
+        &self,
+        spawn: &WorkerSpawn,
+        tell: &(dyn Fn(Event) + Sync),
+    ) -> Result<Vec<SpawnView>, ErrorBody> {
         let device = self.device(spawn.device)?;
         self.check_model(&spawn.model)?;
         if spawn.quantize.is_some() {
             return Err(refuse(ErrorCode::NotImplemented, "quantizing at load is not in this build")
                 .with_hint("leave out --quantize"));
         }
-        let (outcome, process) = self.reserve(spawn, &device).await?;
-        if outcome == SpawnOutcome::Existing {
-            tell(Event::note(NoteLevel::Info, format!("worker {} serves {} already", process.worker_id, spawn.model)));
-        }
-        if spawn.wait.unwrap_or(true) {
-            self.until_ready(&process.worker_id, tell).await?;
-        }
-        let pid = self.supervisor.get(&process.worker_id).map_or(process.pid, |process| process.pid);
-        Ok(SpawnView {
+        let (outcome, processes) = self.reserve(spawn, &device).await?;
+        let view = |process: &Process| SpawnView {
             outcome,
-            worker_id: process.worker_id,
+            worker_id: process.worker_id.clone(),
             hive_id: self.hive_id.clone(),
             model: spawn.model.clone(),
-            device,
-            pid,
-        })
+            device: device.clone(),
+            pid: self.supervisor.get(&process.worker_id).map_or(process.pid, |process| process.pid),
+        };
+        if outcome == SpawnOutcome::Existing {
+            tell(Event::note(NoteLevel::Info, format!("{} is served already", spawn.model)));
+        }
+        if spawn.wait.unwrap_or(true) {
+            for process in &processes {
+                self.until_ready(&process.worker_id, outcome, tell).await?;
+            }
+        }
+        Ok(processes.iter().map(view).collect())
     }
 
-    /// Finds or starts one worker, one reservation at a time.
-    async fn reserve(&self, spawn: &WorkerSpawn, device: &DeviceId) -> Result<(SpawnOutcome, Process), ErrorBody> {
+    /// Finds the workers that are wanted, or starts those that are missing; one reservation at a time.
+    async fn reserve(&self, spawn: &WorkerSpawn, device: &DeviceId) -> Result<(SpawnOutcome, Vec<Process>), ErrorBody> {
         let _one = self.reserving.lock().await;
-        let there = self.there(spawn, device);
-        if there.len() >= spawn.replicas.unwrap_or(1) as usize
-            && let Some(process) = there.into_iter().next()
-        {
-            return Ok((SpawnOutcome::Existing, process));
+        let mut all = self.there(spawn, device);
+        let wanted = spawn.replicas.unwrap_or(1) as usize;
+        if all.len() >= wanted {
+            return Ok((SpawnOutcome::Existing, all));
         }
         let needed = self.needed(spawn).await?;
-        self.check_memory(device, needed)?;
-        let charge = self.charge(spawn, device);
-        let spec = SpawnSpec {
-            program: self.worker.clone(),
-            args: self.worker_args.clone(),
-            charge: Arc::new(charge),
-            reserved: needed,
-        };
-        let process = self.supervisor.spawn(spec).await.map_err(|error| error.to_body())?;
-        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        asked.retain(|(worker, _)| {
-            self.supervisor.get(worker).is_some_and(|process| process.state != ProcessState::Exited)
-        });
-        asked.push((process.worker_id.clone(), spawn.clone()));
-        Ok((SpawnOutcome::Started, process))
+        while all.len() < wanted {
+            self.check_memory(device, needed)?;
+            let spec = SpawnSpec {
+                program: self.worker.clone(),
+                args: self.worker_args.clone(),
+                charge: Arc::new(self.charge(spawn, device)),
+                reserved: needed,
+            };
+            let process = self.supervisor.spawn(spec).await.map_err(|error| error.to_body())?;
+            let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+            asked.retain(|(worker, _)| {
+                self.supervisor.get(worker).is_some_and(|process| process.state != ProcessState::Exited)
+            });
+            asked.push((process.worker_id.clone(), spawn.clone()));
+            drop(asked);
+            all.push(process);
+        }
+        Ok((SpawnOutcome::Started, all))
     }
 
     /// Workers that serve what is asked for, or will.
@@ -132,6 +142,7 @@ impl Spawner {
     fn charge(&self, spawn: &WorkerSpawn, device: &DeviceId) -> impl Fn() -> WorkerCharge + Send + Sync + use<> {
         let worker_id = WorkerId::new(format!("worker-{}", random_hex(4))).expect("hexadecimal digits make an id");
         let (hive_id, queen_url) = (self.hive_id.clone(), self.queen_url.clone());
+        let queen_token = self.queen_token.clone();
         let incarnations = Arc::clone(&self.incarnations);
         let (spawn, device, slots) = (spawn.clone(), device.clone(), self.slots);
         move || WorkerCharge {
@@ -141,6 +152,7 @@ impl Spawner {
             hive_id: hive_id.clone(),
             bearer: random_hex(32),
             queen_url: queen_url.clone(),
+            queen_token: queen_token.clone(),
             model: spawn.model.clone(),
             device: device.clone(),
             ctx: spawn.ctx,
@@ -252,7 +264,12 @@ impl Spawner {
     }
 
     /// Follows a worker until it serves.
-    async fn until_ready(&self, worker: &WorkerId, tell: &(dyn Fn(Event) + Sync)) -> Result<(), ErrorBody> {
+    async fn until_ready(
+        &self,
+        worker: &WorkerId,
+        outcome: SpawnOutcome,
+        tell: &(dyn Fn(Event) + Sync),
+    ) -> Result<(), ErrorBody> {
         let mut changes = self.supervisor.changes();
         let mut told = None;
         loop {
@@ -261,6 +278,8 @@ impl Spawner {
             let process = self.supervisor.get(worker).ok_or_else(gone)?;
             match process.state {
                 ProcessState::Ready => return Ok(()),
+                // One that served before and is about to be started again is waited for; its supervisor gives up in time.
+                ProcessState::Backoff if outcome == SpawnOutcome::Existing => {}
                 ProcessState::Exited | ProcessState::Backoff | ProcessState::Draining => {
                     let exit = process.last_exit.clone();
                     let error = exit.as_ref().and_then(|exit| exit.error.clone());

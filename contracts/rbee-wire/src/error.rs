@@ -73,7 +73,7 @@ error_codes! {
     /// The worker is still loading its model.
     ModelLoading = "MODEL_LOADING", 503, retry, exit 1, "wait for the load to end, or follow it with `rbee status --watch`";
     /// The model could not be loaded.
-    ModelLoadFailed = "MODEL_LOAD_FAILED", 503, final, exit 1, "";
+    ModelLoadFailed = "MODEL_LOAD_FAILED", 503, final, exit 1, "`rbee worker process list` shows how the worker ended";
     /// The model's files are damaged or contradict each other.
     ModelCorrupt = "MODEL_CORRUPT", 422, final, exit 1, "fetch or export the model again";
     /// No worker serves what was asked for, and none may be started.

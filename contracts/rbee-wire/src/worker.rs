@@ -188,6 +188,9 @@ pub struct WorkerCharge {
     pub bearer: String,
     /// Where heartbeats go.
     pub queen_url: String,
+    /// The bearer that the queen asks for, where it asks for one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub queen_token: Option<String>,
     /// The model, in canonical form.
     pub model: ModelRef,
     /// The device.

@@ -51,14 +51,17 @@ pub async fn bind(address: SocketAddr, program: &str, how: &str) -> Result<TcpLi
             return ErrorBody::new(ErrorCode::Internal, format!("{program} cannot listen on {address}: {error}"))
                 .with_hint(how);
         }
-        let holder = holder_of(address)
-            .map_or_else(|| "another process".into(), |(pid, name)| format!("process {pid} ({name})"));
+        let holder = port_holder(address);
         ErrorBody::new(ErrorCode::Internal, format!("{program} cannot listen on {address}: {holder} has that port"))
             .with_hint(how)
     })
 }
 
-/// The process that listens on this port, from `/proc`. Only this user's processes can be named.
+/// The process that listens on this port, from `/proc`, as `process PID (NAME)`. Only this user's processes can be named.
+pub fn port_holder(address: SocketAddr) -> String {
+    holder_of(address).map_or_else(|| "another process".into(), |(pid, name)| format!("process {pid} ({name})"))
+}
+
 fn holder_of(address: SocketAddr) -> Option<(u32, String)> {
     let wanted = format!(":{:04X}", address.port());
     let inode = ["/proc/net/tcp", "/proc/net/tcp6"].iter().find_map(|table| {
