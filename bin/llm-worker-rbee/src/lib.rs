@@ -48,9 +48,10 @@ pub fn run(cli: Cli) -> Result<(), ErrorBody> {
     let end = WorkerEnd::take_inherited().map_err(internal)?;
     rbee_service::logging::init(&cli.log, None).map_err(internal)?;
     let (charge, bind, end) = match end {
-        Some(mut end) => match end.charge().map_err(internal)? {
-            charge => (charge, SocketAddr::from(([127, 0, 0, 1], 0)), Some(end)),
-        },
+        Some(mut end) => {
+            let charge = end.charge().map_err(internal)?;
+            (charge, SocketAddr::from(([127, 0, 0, 1], 0)), Some(end))
+        }
         None => (charge::by_hand(&cli)?, cli.bind, None),
     };
     if !bind.ip().is_loopback() && end.is_none() {

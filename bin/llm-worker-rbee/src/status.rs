@@ -85,13 +85,13 @@ impl Status {
     /// Moves on; a worker that drains never serves again.
     pub fn set(&self, next: Phase) {
         let mut phase = self.0.phase.write().unwrap_or_else(PoisonError::into_inner);
-        let allowed = match (&*phase, &next) {
-            (Phase::Stopped, _) => false,
-            (Phase::Draining(_), Phase::Loading(_) | Phase::Serving(_)) => false,
-            (Phase::Serving(_), Phase::Loading(_)) => false,
-            _ => true,
-        };
-        if allowed {
+        let backwards = matches!(
+            (&*phase, &next),
+            (Phase::Stopped, _)
+                | (Phase::Draining(_), Phase::Loading(_) | Phase::Serving(_))
+                | (Phase::Serving(_), Phase::Loading(_))
+        );
+        if !backwards {
             *phase = next;
         }
         drop(phase);

@@ -119,10 +119,14 @@ async fn post_job(
     let unclaimed = new.then(|| Unclaimed(Some((api.clone(), std::sync::Arc::clone(&job)))));
     if new && let Err(error) = begin(&api, &job).await {
         api.ops.jobs.withdraw(&job.id);
-        unclaimed.map(Unclaimed::claimed);
+        if let Some(unclaimed) = unclaimed {
+            unclaimed.claimed();
+        }
         return Err(error.into());
     }
-    unclaimed.map(Unclaimed::claimed);
+    if let Some(unclaimed) = unclaimed {
+        unclaimed.claimed();
+    }
     let streams = headers.get(header::ACCEPT).is_some_and(|accept| accept.as_bytes().starts_with(b"text/event-stream"));
     if streams {
         let at_once = if new { Leaving::Cancels } else { Leaving::Grace };

@@ -19,6 +19,9 @@ const MAX_KEPT: usize = 256;
 /// Most time that a worker which is to be ended may take for what it has.
 const DELETE_GRACE: Duration = Duration::from_secs(30);
 
+/// A job's log under its id.
+type Kept = (JobId, Arc<JobLog>);
+
 /// The hive's jobs; cheap to clone.
 #[derive(Clone)]
 pub struct Jobs {
@@ -28,7 +31,7 @@ pub struct Jobs {
     pub incarnation: Incarnation,
     /// The hive's end.
     pub shutdown: Shutdown,
-    kept: Arc<Mutex<VecDeque<(JobId, Arc<JobLog>)>>>,
+    kept: Arc<Mutex<VecDeque<Kept>>>,
 }
 
 impl Jobs {

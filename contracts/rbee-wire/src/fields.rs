@@ -165,7 +165,7 @@ fn problem(value: &Value, kind: Kind) -> Option<String> {
         }
         Kind::Any => None,
         Kind::KeepAlive => {
-            let good = value.as_f64().is_some_and(|seconds| seconds >= -1.0 && seconds <= 1e9)
+            let good = value.as_f64().is_some_and(|seconds| (-1.0..=1e9).contains(&seconds))
                 || value.as_str().is_some_and(|text| !text.is_empty() && text.len() <= 16);
             (!good).then(|| "must be seconds, -1, or a text such as `5m`".into())
         }

@@ -1,5 +1,7 @@
 //! A stream ends well only with its end mark, however its bytes arrive.
 
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
 use std::time::Duration;
 
 use rbee_client::{ClientError, HiveClient, QueenClient};

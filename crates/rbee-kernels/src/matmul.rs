@@ -151,6 +151,13 @@ unsafe impl Send for Out {}
 // SAFETY: as above.
 unsafe impl Sync for Out {}
 
+impl Out {
+    /// A method, so that closures capture the whole, which may be shared, and not the bare pointer.
+    fn at(self) -> *mut f32 {
+        self.0
+    }
+}
+
 /// `out[m, n] = x[m, k] · wᵀ`, columns shared out over the pool's threads.
 ///
 /// # Panics
@@ -168,14 +175,13 @@ pub fn matmul(pool: &mut Pool, isa: Isa, x: &[f32], w: &Packed, out: &mut [f32])
     pool.run(panels.div_ceil(per_task), &|task| {
         let first = task * per_task;
         let last = (first + per_task).min(panels);
-        let out = out;
         // SAFETY: tasks have disjoint panels, hence disjoint columns of `out`, which outlives the call; the ISA was
         // detected on this machine.
         unsafe {
             match &w.data {
-                Weights::F32(data) => columns(isa, x, m, k, n, data, first..last, out.0),
-                Weights::F16(data) => columns(isa, x, m, k, n, data, first..last, out.0),
-                Weights::Bf16(data) => columns(isa, x, m, k, n, data, first..last, out.0),
+                Weights::F32(data) => columns(isa, x, m, k, n, data, first..last, out.at()),
+                Weights::F16(data) => columns(isa, x, m, k, n, data, first..last, out.at()),
+                Weights::Bf16(data) => columns(isa, x, m, k, n, data, first..last, out.at()),
             }
         }
     });

@@ -12,7 +12,7 @@ use rbee_tokenizer::{
 use rbee_wire::job::Generation;
 use rbee_wire::worker::{LoadProgress, WorkerCharge, WorkerMemory};
 use rbee_wire::{ErrorBody, ErrorCode, ModelRef};
-use serde_json::{Map, Value};
+use serde_json::Value;
 
 use super::{Encoded, Facts, Parts, SamplingDefaults, TextSide};
 
@@ -184,7 +184,7 @@ impl TextSide for ModelText {
             }
         };
         if let Some(template) = &self.template {
-            let settings = generation.chat_template_kwargs.clone().unwrap_or_else(Map::new);
+            let settings = generation.chat_template_kwargs.clone().unwrap_or_default();
             let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
             let chat = Chat {
                 messages: &messages,
