@@ -432,7 +432,7 @@ mod tests {
 
     #[test]
     fn ended_jobs_go_when_their_time_or_the_space_is_over_oldest_first() {
-        let keep = Keep { after_end: Duration::from_secs(100), bytes: 200 };
+        let keep = Keep { after_end: Duration::from_secs(100), bytes: 100 };
         let jobs = jobs(keep);
         let made: Vec<Arc<Job>> = (0..4).map(|_| post(&jobs, None).unwrap().0).collect();
         for (i, job) in made.iter().enumerate().take(3) {

@@ -135,10 +135,11 @@ async fn stream(dispatch: &Dispatch, jobs: &Jobs, brain: &Brain) -> Outcome {
                     facts.last_token = Some(now);
                     facts.first_token.is_none().then(|| facts.first_token = Some(now)).is_some()
                 };
-                job.log.push_json(&frame, false);
                 if first {
+                    // Before any listener can see it: from here on the job is never run again from its beginning.
                     brain.tell(Heard::FirstToken { job: job.id.clone(), worker: worker.clone() }).await;
                 }
+                job.log.push_json(&frame, false);
             }
             "started" if !started => {
                 let Ok(Event::Started(said)) = serde_json::from_slice::<Event>(&frame) else {

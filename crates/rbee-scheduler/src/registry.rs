@@ -19,6 +19,8 @@ pub const DEAD: Duration = Duration::from_millis(1600);
 pub const STALLED: Duration = Duration::from_secs(4);
 /// A hive's lease.
 pub const LEASE: Duration = Duration::from_secs(5);
+/// Hives that are known at most.
+const MAX_HIVES: usize = 1024;
 /// Ended lives that are remembered, to be refused.
 const MAX_ENDED: usize = 4096;
 
@@ -79,7 +81,8 @@ pub struct Registry {
     /// By name.
     pub hives: BTreeMap<HiveId, Hive>,
     ended: HashMap<WorkerId, Incarnation>,
-    suspected: bool,
+    /// When so many fell silent at once that the queen suspected itself.
+    suspected: Option<Duration>,
 }
 
 /// What a heartbeat came to.
@@ -95,6 +98,15 @@ pub enum Beat {
     NewLife,
     /// Its sender says goodbye.
     Stopped,
+}
+
+/// Whether this life of a worker may beat again.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Back {
+    /// It was not heard, and may be again.
+    Perhaps,
+    /// It has ended.
+    Never,
 }
 
 /// Why a worker is gone.
@@ -117,28 +129,33 @@ impl Registry {
         self.workers.iter_mut().find(|worker| &worker.beat.worker_id == id)
     }
 
-    /// Forgets a worker and refuses this life of it from here on.
-    pub fn remove(&mut self, id: &WorkerId) {
+    /// Forgets a worker, and refuses this life of it from here on unless it was merely not heard.
+    pub fn remove(&mut self, id: &WorkerId, back: Back) {
         if let Some(at) = self.workers.iter().position(|worker| &worker.beat.worker_id == id) {
             let worker = self.workers.remove(at);
-            self.end(id.clone(), worker.beat.incarnation);
+            if back == Back::Never {
+                self.end(id.clone(), worker.beat.incarnation);
+            }
         }
     }
 
     fn end(&mut self, id: WorkerId, life: Incarnation) {
         if self.ended.len() >= MAX_ENDED {
-            self.ended.clear();
+            // The lowest are the oldest: counters rise over all workers of a hive.
+            if let Some(oldest) = self.ended.iter().min_by_key(|(_, life)| life.counter).map(|(id, _)| id.clone()) {
+                self.ended.remove(&oldest);
+            }
         }
-        self.ended.insert(id, life);
+        let known = self.ended.entry(id).or_insert_with(|| life.clone());
+        if known.counter < life.counter {
+            *known = life;
+        }
     }
 
     /// Takes a worker's heartbeat.
     pub fn worker_beat(&mut self, beat: WorkerHeartbeat, now: Duration) -> Beat {
         let id = beat.worker_id.clone();
-        if let Some(life) = self.ended.get(&id)
-            && beat.incarnation.counter <= life.counter
-            && (beat.incarnation == *life || beat.incarnation.counter < life.counter)
-        {
+        if self.ended.get(&id).is_some_and(|life| beat.incarnation.counter <= life.counter) {
             return Beat::Refused;
         }
         let stopped = beat.state == WorkerState::Stopped;
@@ -153,6 +170,10 @@ impl Registry {
         if known.beat.incarnation != beat.incarnation {
             if beat.incarnation.counter < known.beat.incarnation.counter {
                 return Beat::Refused;
+            }
+            if stopped {
+                self.end(id, beat.incarnation);
+                return Beat::Stopped;
             }
             let before = known.beat.incarnation.clone();
             *known = Worker { beat, heard: now, dispatched: 0, refused: false, steps_moved: now };
@@ -185,9 +206,13 @@ impl Registry {
                 return (Beat::Old, Vec::new());
             }
         }
+        if self.hives.len() >= MAX_HIVES && !self.hives.contains_key(&beat.hive_id) {
+            return (Beat::Refused, Vec::new());
+        }
         let dead = |process: &&Process| matches!(process.state, ProcessState::Exited | ProcessState::Backoff);
         let ended = beat.processes.iter().filter(dead).filter_map(|process| {
-            let worker = self.worker(&process.worker_id)?;
+            // A hive speaks for its own workers only.
+            let worker = self.worker(&process.worker_id).filter(|worker| worker.beat.hive_id == beat.hive_id)?;
             // A process that was started again beats under a higher life than the one that ended.
             let this_life = worker.beat.incarnation.counter <= process.incarnation.counter;
             let stalled = process.last_exit.as_ref().is_some_and(|exit| exit.reason == "stalled");
@@ -217,16 +242,15 @@ impl Registry {
         hives.sort_unstable();
         hives.dedup();
         let suspicious = dead.len() >= 3 && hives.len() >= 2 && dead.len() * 2 > self.workers.len();
-        if suspicious && !self.suspected {
+        // Once: until a while after the extra period it is not excused again.
+        self.suspected = self.suspected.filter(|at| now.saturating_sub(*at) < DEAD * 4 || !dead.is_empty());
+        if suspicious && self.suspected.is_none() {
             // So many at once: it is likelier that we do not hear than that they do not speak.
-            self.suspected = true;
+            self.suspected = Some(now);
             for worker in &mut self.workers {
-                worker.heard = worker.heard.max(now.saturating_sub(DEAD) + DEAD);
+                worker.heard = worker.heard.max(now);
             }
             return Vec::new();
-        }
-        if dead.is_empty() {
-            self.suspected = false;
         }
         let mut gone: Vec<(WorkerId, Gone)> =
             dead.into_iter().map(|worker| (worker.beat.worker_id.clone(), self.silence(worker, now))).collect();

@@ -5,10 +5,10 @@ use std::time::Duration;
 
 use rbee_wire::view::{HiveView, WorkerView};
 use rbee_wire::worker::{LoadProgress, WorkerState};
-use rbee_wire::{DeviceSpec, ErrorBody, ErrorCode, HiveId, JobId, ModelRef, WorkerId};
+use rbee_wire::{DeviceSpec, ErrorBody, ErrorCode, HiveId, Incarnation, JobId, ModelRef, WorkerId};
 use serde_json::json;
 
-use crate::registry::{Beat, Gone, Registry, Worker};
+use crate::registry::{Back, Beat, DEAD, Gone, Registry, Worker};
 use crate::{Config, Effect, Event, Want};
 
 /// A tick that comes later than this after the last one shows that the queen itself stood still.
@@ -31,8 +31,8 @@ struct Job {
     model: ModelRef,
     since: Duration,
     running: Option<Running>,
-    /// Workers that broke under it or refused it.
-    avoid: Vec<WorkerId>,
+    /// Lives of workers that broke under it.
+    avoid: Vec<Incarnation>,
     broken: usize,
     told: Told,
 }
@@ -51,6 +51,14 @@ enum Told {
     Loading(Option<LoadProgress>),
 }
 
+/// What a load is for: the model, and where it was wanted.
+type LoadKey = (ModelRef, DeviceSpec, Option<HiveId>);
+
+/// Whether a worker is what a load was for.
+fn suits(worker: &Worker, (model, device, hive): &LoadKey) -> bool {
+    worker.serves(model) && worker.is_on(*device) && hive.as_ref().is_none_or(|hive| &worker.beat.hive_id == hive)
+}
+
 /// A load that was asked for.
 #[derive(Debug)]
 struct Load {
@@ -65,7 +73,7 @@ pub struct Scheduler {
     registry: Registry,
     jobs: HashMap<JobId, Job>,
     waiting: VecDeque<JobId>,
-    loads: HashMap<(ModelRef, DeviceSpec, Option<HiveId>), Load>,
+    loads: HashMap<LoadKey, Load>,
     ends: VecDeque<Duration>,
     ticked: Option<Duration>,
     draining: bool,
@@ -116,7 +124,7 @@ impl Scheduler {
                     out.push(Effect::RefuseBeat);
                 }
                 for (worker, why) in gone {
-                    self.worker_gone(&worker, why, &mut out);
+                    self.worker_gone(&worker, why, Back::Never, &mut out);
                 }
             }
             Event::Tick => self.tick(now, &mut out),
@@ -198,22 +206,23 @@ impl Scheduler {
             Beat::Taken | Beat::Old => {}
             Beat::Refused => out.push(Effect::RefuseBeat),
             Beat::NewLife => self.orphan(&id, Gone::Lost, out),
-            Beat::Stopped => self.worker_gone(&id, Gone::Lost, out),
+            Beat::Stopped => self.worker_gone(&id, Gone::Lost, Back::Never, out),
         }
         let Some(worker) = self.registry.worker(&id) else { return };
         let (model, state, load) = (worker.beat.model.clone(), worker.beat.state, worker.beat.load.clone());
         if matches!(state, WorkerState::Ready | WorkerState::Busy) {
-            self.loads.retain(|(loaded, _, _), load| loaded != &model || load.done.is_none());
+            let worker = worker.clone();
+            self.loads.retain(|load, state| state.done.is_none() || !suits(&worker, load));
         } else if let (WorkerState::Starting, Some(progress)) = (state, load) {
             self.load_moved(&model, &progress, out);
         }
     }
 
-    fn worker_gone(&mut self, worker: &WorkerId, gone: Gone, out: &mut Vec<Effect>) {
+    fn worker_gone(&mut self, worker: &WorkerId, gone: Gone, back: Back, out: &mut Vec<Effect>) {
         if self.registry.worker(worker).is_none() {
             return;
         }
-        self.registry.remove(worker);
+        self.registry.remove(worker, back);
         out.push(Effect::Forget { worker: worker.clone() });
         self.orphan(worker, gone, out);
     }
@@ -221,12 +230,13 @@ impl Scheduler {
     /// The jobs of a worker that is gone: elsewhere if nothing of them is out, else over.
     fn orphan(&mut self, worker: &WorkerId, gone: Gone, out: &mut Vec<Effect>) {
         let on_it = |job: &Job| job.running.as_ref().is_some_and(|running| &running.worker == worker);
-        let mut orphans: Vec<JobId> =
-            self.jobs.iter().filter(|(_, job)| on_it(job)).map(|(id, _)| id.clone()).collect();
+        let running = self.jobs.iter().filter(|(_, job)| on_it(job));
+        let mut orphans: Vec<(Duration, JobId)> = running.map(|(id, job)| (job.since, id.clone())).collect();
         orphans.sort_unstable();
-        for id in orphans {
+        // The oldest last: each goes to the head of the line.
+        for (_, id) in orphans.into_iter().rev() {
             let out_already = self.jobs[&id].running.as_ref().is_some_and(|running| running.first_token);
-            self.broke(id, worker, lost(worker, gone), !out_already, out);
+            self.broke(id, lost(worker, gone), !out_already, out);
         }
     }
 
@@ -253,15 +263,18 @@ impl Scheduler {
             return;
         }
         let error = if error.code == ErrorCode::WorkerLost && frozen { lost(worker, Gone::Stalled) } else { error };
-        self.broke(job, worker, error, retry, out);
+        let life = self.registry.worker(worker).map(|known| known.beat.incarnation.clone());
+        if let (Some(job), Some(life)) = (self.jobs.get_mut(&job), life) {
+            job.avoid.push(life);
+        }
+        self.release(worker);
+        self.broke(job, error, retry, out);
     }
 
     /// A worker broke under a job.
-    fn broke(&mut self, id: JobId, worker: &WorkerId, error: ErrorBody, retry: bool, out: &mut Vec<Effect>) {
-        self.release(worker);
+    fn broke(&mut self, id: JobId, error: ErrorBody, retry: bool, out: &mut Vec<Effect>) {
         let Some(job) = self.jobs.get_mut(&id) else { return };
         job.broken += 1;
-        job.avoid.push(worker.clone());
         let pinned = job.want.worker_id.is_some();
         if retry && job.broken < MAX_BROKEN && !pinned {
             out.push(Effect::Halt { job: id.clone() });
@@ -294,7 +307,8 @@ impl Scheduler {
             self.registry.extend(now.saturating_sub(before));
         }
         for (worker, why) in self.registry.scan(now) {
-            self.worker_gone(&worker, why, out);
+            let silent = self.registry.worker(&worker).is_some_and(|known| now.saturating_sub(known.heard) > DEAD);
+            self.worker_gone(&worker, why, if silent { Back::Perhaps } else { Back::Never }, out);
         }
         let mut over: Vec<JobId> = Vec::new();
         for (id, job) in &self.jobs {
@@ -362,8 +376,7 @@ impl Scheduler {
         }
         let job = Job { want, model, since: now, running: None, avoid: Vec::new(), broken: 0, told: Told::Nothing };
         // Only a job that cannot start at once needs a place in the line.
-        let waits =
-            !matches!(self.place(&job, now), Place::Dispatch { .. } | Place::Reject(_)) || !self.waiting.is_empty();
+        let waits = !matches!(self.place(&job, now), Place::Dispatch { .. } | Place::Reject(_));
         if waits && self.waiting.len() >= self.config.queue_limit {
             let message = format!("{} jobs wait already, and no more may", self.waiting.len());
             let error = ErrorBody::new(ErrorCode::QueueFull, message).with_retry_after(self.retry_after());
@@ -464,8 +477,11 @@ impl Scheduler {
                 && want.hive_id.as_ref().is_none_or(|hive| &worker.beat.hive_id == hive)
         };
         let serving: Vec<&Worker> = self.registry.workers.iter().filter(fits).collect();
-        let fresh = |worker: &&&Worker| !job.avoid.contains(&worker.beat.worker_id);
-        let able: Vec<&Worker> = serving.iter().filter(|worker| worker.able(now)).filter(fresh).copied().collect();
+        let able: Vec<&Worker> = serving.iter().filter(|worker| worker.able(now)).copied().collect();
+        let fresh = |worker: &&&Worker| !job.avoid.contains(&worker.beat.incarnation);
+        let others: Vec<&Worker> = able.iter().filter(fresh).copied().collect();
+        // One that broke under it before is better than none: how often is bounded.
+        let able = if others.is_empty() { able } else { others };
         if let Some((worker, why)) = self.config.policy.choose(&able, now) {
             return Place::Dispatch { worker: worker.beat.worker_id.clone(), why };
         }
@@ -539,17 +555,14 @@ impl Scheduler {
     fn load_done(&mut self, model: &ModelRef, result: Result<(), ErrorBody>, now: Duration, out: &mut Vec<Effect>) {
         match result {
             Ok(()) => {
-                let serves = self.registry.workers.iter().any(|worker| {
-                    worker.serves(model) && matches!(worker.beat.state, WorkerState::Ready | WorkerState::Busy)
-                });
-                if serves {
-                    self.loads.retain(|(loaded, _, _), _| loaded != model);
-                } else {
-                    self.loads
-                        .iter_mut()
-                        .filter(|((loaded, _, _), _)| loaded == model)
-                        .for_each(|(_, load)| load.done = Some(now));
-                }
+                let workers = &self.registry.workers;
+                let serves = |load: &LoadKey| {
+                    let up = |worker: &&Worker| matches!(worker.beat.state, WorkerState::Ready | WorkerState::Busy);
+                    workers.iter().filter(up).any(|worker| suits(worker, load))
+                };
+                // A load is over when a worker that it was for beats, not before: else it would be asked for again.
+                self.loads.retain(|load, _| &load.0 != model || !serves(load));
+                self.loads.iter_mut().filter(|(load, _)| &load.0 == model).for_each(|(_, load)| load.done = Some(now));
             }
             Err(mut error) => {
                 if error.code == ErrorCode::ModelNotFound {

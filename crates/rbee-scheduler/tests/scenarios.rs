@@ -1,0 +1,437 @@
+//! Scenarios as scripts: a line is a time, what happens then, and what the scheduler does about it.
+//!
+//! `beat w1 ready tinybee 0/2` is a heartbeat with slots used of total; `life=2` raises the incarnation, `steps=5` the step
+//! counter of a worker with work. Behind `->` stand the effects in order; a line without it expects none.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+use std::collections::HashMap;
+use std::time::Duration;
+
+use proptest::prelude::*;
+use rbee_scheduler::{Config, Effect, Event, Policy, Scheduler, Want};
+use rbee_wire::hive::HiveHeartbeat;
+use rbee_wire::worker::{LoadProgress, WorkerHeartbeat};
+use rbee_wire::{ErrorBody, JobId, ModelRef, WorkerId};
+use serde_json::json;
+
+fn job(name: &str) -> JobId {
+    JobId::new(name).unwrap()
+}
+
+fn worker(name: &str) -> WorkerId {
+    WorkerId::new(name).unwrap()
+}
+
+fn model(name: &str) -> ModelRef {
+    if name == "tinybee" { ModelRef::Tinybee } else { ModelRef::Path(format!("/{name}")) }
+}
+
+fn config(queue_limit: usize) -> Config {
+    Config { queue_limit, queue_timeout: Duration::from_secs(60), default_model: None, policy: Policy::FirstAvailable }
+}
+
+struct Script {
+    scheduler: Scheduler,
+    seq: u64,
+}
+
+impl Script {
+    fn beat(&mut self, words: &[&str]) -> WorkerHeartbeat {
+        let [name, state, model_name, slots, options @ ..] = words else { panic!("{words:?}") };
+        let option =
+            |key: &str| options.iter().find_map(|word| word.strip_prefix(key)).map(|v| v.parse::<u64>().unwrap());
+        let (used, total) = slots.split_once('/').unwrap();
+        let hive = options.iter().find_map(|word| word.strip_prefix("on=")).unwrap_or("h1");
+        self.seq += 1;
+        serde_json::from_value(json!({
+            "protocol": 1, "worker_id": name, "incarnation": {"counter": option("life=").unwrap_or(1), "random": name},
+            "seq": option("seq=").unwrap_or(self.seq), "hive_id": hive, "url": format!("http://{name}"), "bearer": "b",
+            "state": state, "model": model(model_name).to_string(), "device": "cpu",
+            "slots": {"total": total.parse::<u64>().unwrap(), "used": used.parse::<u64>().unwrap()},
+            "steps": option("steps=").unwrap_or(0), "working": option("steps=").is_some(),
+            "version": "0", "build": "0"
+        }))
+        .unwrap()
+    }
+
+    fn hive(&mut self, words: &[&str]) -> HiveHeartbeat {
+        let processes = words[1..].iter().map(|word| {
+            let (name, state) = word.split_once('=').unwrap();
+            json!({"pid": 7, "worker_id": name, "incarnation": {"counter": 1, "random": name}, "model": "tinybee",
+                   "device": "cpu", "state": state, "since_ms": 0, "restarts": 0})
+        });
+        self.seq += 1;
+        serde_json::from_value(json!({
+            "protocol": 1, "hive_id": words[0], "incarnation": {"counter": 1, "random": "h"}, "seq": self.seq,
+            "url": "http://h", "devices": [], "processes": processes.collect::<Vec<_>>(), "version": "0", "build": "0"
+        }))
+        .unwrap()
+    }
+
+    fn event(&mut self, now: Duration, words: &[&str]) -> Event {
+        let error = |code: &str| ErrorBody::new(serde_json::from_value(json!(code)).unwrap(), "said so");
+        match words {
+            ["beat", rest @ ..] => Event::WorkerBeat(Box::new(self.beat(rest))),
+            ["hive", rest @ ..] => Event::HiveBeat(Box::new(self.hive(rest))),
+            ["tick"] => Event::Tick,
+            ["submit", name, options @ ..] => {
+                let mut want = Want::default();
+                for option in options {
+                    match option.split_once('=') {
+                        Some(("worker", id)) => want.worker_id = Some(worker(id)),
+                        Some(("deadline", ms)) => {
+                            want.deadline = Some(now + Duration::from_millis(ms.parse().unwrap()))
+                        }
+                        _ if *option == "no_load" => want.no_load = true,
+                        _ => want.model = Some(model(option)),
+                    }
+                }
+                Event::Submit { job: job(name), want }
+            }
+            ["first", name, on] => Event::FirstToken { job: job(name), worker: worker(on) },
+            ["ended", name, on] => Event::Ended { job: job(name), worker: worker(on) },
+            ["failed", name, on, code] => {
+                Event::DispatchFailed { job: job(name), worker: worker(on), error: error(code), retry: true }
+            }
+            ["cut", name, on, code] => {
+                Event::DispatchFailed { job: job(name), worker: worker(on), error: error(code), retry: false }
+            }
+            ["cancel", name] => Event::Cancel { job: job(name) },
+            ["moved", name, done] => {
+                let progress =
+                    LoadProgress { stage: "load".into(), done: done.parse().unwrap(), total: 9, unit: "bytes".into() };
+                Event::LoadProgress { model: model(name), progress }
+            }
+            ["loaded", name] => Event::LoadDone { model: model(name), result: Ok(()) },
+            ["unloadable", name, code] => Event::LoadDone { model: model(name), result: Err(error(code)) },
+            ["drain"] => Event::Drain,
+            other => panic!("{other:?}"),
+        }
+    }
+}
+
+fn shown(effect: &Effect) -> String {
+    match effect {
+        Effect::Dispatch { job, worker, .. } => format!("dispatch {job} {worker}"),
+        Effect::Halt { job } => format!("halt {job}"),
+        Effect::Queued { job, position } => format!("queued {job} {position}"),
+        Effect::Loading { job, .. } => format!("loading {job}"),
+        Effect::Progress { job, progress } => format!("progress {job} {}", progress.done),
+        Effect::Reject { job, error } => format!("reject {job} {}", error.code),
+        Effect::Abort { job, error } => format!("abort {job} {}", error.code),
+        Effect::Load { model, .. } => format!("load {model}"),
+        Effect::Forget { worker } => format!("forget {worker}"),
+        Effect::Note { job, .. } => format!("note {job}"),
+        Effect::RefuseBeat => "refuse".into(),
+    }
+}
+
+fn check_with(config: Config, script: &str) {
+    let mut run = Script { scheduler: Scheduler::new(config), seq: 0 };
+    for line in script.lines().map(str::trim).filter(|line| !line.is_empty()) {
+        let (said, want) = line.split_once(" -> ").unwrap_or((line, ""));
+        let words: Vec<&str> = said.split_whitespace().collect();
+        let seconds: f64 = words[0].strip_prefix("t=").unwrap().parse().unwrap();
+        let now = Duration::from_secs_f64(seconds);
+        let event = run.event(now, &words[1..]);
+        let got: Vec<String> = run.scheduler.handle(now, event).iter().map(shown).collect();
+        assert_eq!(got.join(", "), want, "at `{said}`");
+    }
+}
+
+fn check(script: &str) {
+    check_with(config(100), script);
+}
+
+#[test]
+fn the_first_free_worker_gets_the_job_and_own_dispatches_count_at_once() {
+    check(
+        "t=0.0 beat w1 ready tinybee 0/1
+         t=0.0 beat w2 ready tinybee 0/2
+         t=0.1 submit a tinybee -> dispatch a w1
+         t=0.1 submit b tinybee -> dispatch b w2
+         t=0.1 submit c tinybee -> dispatch c w2
+         t=0.1 submit d tinybee -> queued d 0
+         t=0.1 submit e tinybee -> queued e 1
+         t=0.2 ended b w2 -> dispatch d w2, queued e 0
+         t=0.3 cancel c -> dispatch e w2",
+    );
+}
+
+#[test]
+fn silence_stops_dispatches_and_then_ends_the_worker() {
+    check(
+        "t=0.0 beat w1 ready tinybee 0/4
+         t=1.1 submit a tinybee -> dispatch a w1
+         t=1.15 first a w1
+         t=1.3 submit b tinybee -> queued b 0
+         t=1.5 tick
+         t=1.7 tick -> forget w1, abort a WORKER_LOST, load tinybee, loading b
+         t=1.8 beat w1 ready tinybee 0/4 -> dispatch b w1",
+    );
+}
+
+#[test]
+fn a_job_moves_before_its_first_token_and_never_after() {
+    check(
+        "t=0.0 beat w1 ready tinybee 0/4
+         t=0.0 beat w2 ready tinybee 0/4
+         t=0.1 submit a tinybee -> dispatch a w1
+         t=0.1 submit b tinybee -> dispatch b w1
+         t=0.2 first b w1
+         t=0.3 failed a w1 WORKER_LOST -> halt a, dispatch a w2
+         t=0.3 cut b w1 WORKER_LOST -> abort b WORKER_LOST
+         t=0.4 failed a w2 WORKER_LOST -> abort a REQUEST_POISONED",
+    );
+}
+
+#[test]
+fn a_refusal_is_no_fault_of_the_request() {
+    check(
+        "t=0.0 beat w1 ready tinybee 0/4
+         t=0.1 submit a tinybee -> dispatch a w1
+         t=0.2 failed a w1 OVERLOADED -> queued a 0
+         t=0.3 beat w1 ready tinybee 0/4 -> dispatch a w1
+         t=0.4 failed a w1 OVERLOADED -> queued a 0
+         t=0.5 beat w1 ready tinybee 0/4 -> dispatch a w1",
+    );
+}
+
+#[test]
+fn the_only_worker_is_tried_again_when_it_came_back() {
+    check(
+        "t=0.0 beat w1 ready tinybee 0/4
+         t=0.1 submit a tinybee -> dispatch a w1
+         t=0.2 failed a w1 WORKER_LOST -> halt a, queued a 0
+         t=0.3 beat w1 ready tinybee 0/4 -> dispatch a w1",
+    );
+}
+
+#[test]
+fn frozen_processes_and_hung_engines_are_stalled_not_lost() {
+    check(
+        "t=0.0 beat w1 ready tinybee 0/4
+         t=0.1 submit a tinybee -> dispatch a w1
+         t=0.2 first a w1
+         t=1.0 hive h1 w1=ready
+         t=1.5 tick
+         t=1.7 tick -> forget w1, abort a WORKER_STALLED",
+    );
+    let mut script = String::from(
+        "t=0.0 beat w1 ready tinybee 0/4 steps=1\nt=0.1 submit a tinybee -> dispatch a w1\nt=0.2 first a w1\n",
+    );
+    for i in 1..=8 {
+        script.push_str(&format!("t={:.1} beat w1 ready tinybee 1/4 steps=1\n", f64::from(i) * 0.5));
+        let end = if i == 8 { " -> forget w1, abort a WORKER_STALLED" } else { "" };
+        script.push_str(&format!("t={:.2} tick{end}\n", f64::from(i) * 0.5 + 0.01));
+    }
+    check(&script);
+}
+
+#[test]
+fn a_hive_that_reports_a_dead_child_is_believed_at_once() {
+    check(
+        "t=0.0 beat w1 ready tinybee 0/4
+         t=0.1 submit a tinybee -> dispatch a w1
+         t=0.2 first a w1
+         t=0.3 hive other w1=exited
+         t=0.4 hive h1 w1=backoff -> forget w1, abort a WORKER_LOST
+         t=0.5 beat w1 ready tinybee 0/4 -> refuse
+         t=0.6 beat w1 ready tinybee 0/4 life=2",
+    );
+}
+
+#[test]
+fn a_new_life_ends_the_old_one() {
+    check(
+        "t=0.0 beat w1 ready tinybee 0/1
+         t=0.1 submit a tinybee -> dispatch a w1
+         t=0.2 first a w1
+         t=0.3 beat w1 ready tinybee 0/1 life=2 -> abort a WORKER_LOST
+         t=0.4 beat w1 ready tinybee 0/1 -> refuse
+         t=0.5 submit b tinybee -> dispatch b w1
+         t=0.6 beat w1 ready tinybee 0/1 life=2 seq=1
+         t=0.7 submit c tinybee -> queued c 0
+         t=0.8 beat w1 stopped tinybee 0/1 life=2 -> forget w1, halt b, load tinybee, loading b, loading c",
+    );
+}
+
+#[test]
+fn the_queens_own_sleep_expires_nobody() {
+    check(
+        "t=0.0 tick
+         t=0.0 beat w1 ready tinybee 0/4
+         t=0.1 tick
+         t=5.0 tick
+         t=5.1 submit a tinybee -> dispatch a w1",
+    );
+}
+
+#[test]
+fn when_most_fall_silent_at_once_they_get_one_extra_period() {
+    check(
+        "t=0.0 beat w1 ready tinybee 0/4 on=h1
+         t=0.0 beat w2 ready tinybee 0/4 on=h1
+         t=0.0 beat w3 ready tinybee 0/4 on=h2
+         t=0.5 tick
+         t=1.0 tick
+         t=1.5 tick
+         t=1.7 tick
+         t=2.2 tick
+         t=2.7 tick
+         t=3.2 tick
+         t=3.4 tick -> forget w1, forget w2, forget w3",
+    );
+}
+
+#[test]
+fn loads_are_asked_for_once_and_told_to_all() {
+    check(
+        "t=0.0 submit a tinybee -> load tinybee, loading a
+         t=0.1 submit b tinybee -> loading b
+         t=0.2 moved tinybee 3 -> progress a 3, progress b 3
+         t=0.2 moved tinybee 3
+         t=0.3 loaded tinybee
+         t=0.4 beat w1 ready tinybee 0/4 -> dispatch a w1, dispatch b w1",
+    );
+    check(
+        "t=0.0 submit a tinybee -> load tinybee, loading a
+         t=0.1 submit b tinybee -> loading b
+         t=0.2 unloadable tinybee MODEL_CORRUPT -> reject a MODEL_CORRUPT, reject b MODEL_CORRUPT
+         t=0.3 tick
+         t=0.4 submit c tinybee -> load tinybee, loading c
+         t=0.5 loaded tinybee
+         t=0.6 tick
+         t=1.1 tick
+         t=10.6 tick -> reject c MODEL_LOAD_FAILED",
+    );
+}
+
+#[test]
+fn a_worker_that_loads_is_waited_for() {
+    check(
+        "t=0.0 beat w1 starting tinybee 0/0
+         t=0.1 submit a tinybee -> loading a
+         t=0.2 beat w1 ready tinybee 0/4 -> dispatch a w1",
+    );
+}
+
+#[test]
+fn what_cannot_be_had_is_refused_by_name() {
+    check(
+        "t=0.0 beat w1 ready other 0/4
+         t=0.1 submit a tinybee no_load -> reject a NO_WORKER
+         t=0.1 submit b worker=w9 -> reject b WORKER_NOT_FOUND
+         t=0.1 submit c tinybee worker=w1 -> reject c NO_WORKER
+         t=0.1 submit d -> dispatch d w1
+         t=0.2 drain
+         t=0.3 submit e other -> reject e DRAINING
+         t=0.4 ended d w1",
+    );
+}
+
+#[test]
+fn the_line_is_bounded_and_nobody_waits_for_ever() {
+    check_with(
+        config(1),
+        "t=0.0 beat w1 ready tinybee 1/1
+         t=0.1 submit a tinybee -> queued a 0
+         t=0.1 submit b tinybee -> reject b QUEUE_FULL
+         t=0.2 cancel a
+         t=0.3 submit c tinybee deadline=1000 -> queued c 0
+         t=0.8 beat w1 ready tinybee 1/1
+         t=1.2 tick
+         t=1.4 tick -> reject c DEADLINE_EXCEEDED
+         t=1.5 beat w1 ready tinybee 0/1
+         t=1.6 submit d tinybee deadline=1000 -> dispatch d w1
+         t=2.1 tick
+         t=2.2 beat w1 ready tinybee 1/1
+         t=2.7 tick -> abort d DEADLINE_EXCEEDED",
+    );
+    let mut script = String::from("t=0.0 beat w1 ready tinybee 1/1\nt=0.0 submit a tinybee -> queued a 0\n");
+    for i in 1..=119 {
+        script.push_str(&format!("t={0} beat w1 ready tinybee 1/1\nt={0} tick\n", f64::from(i) * 0.5));
+    }
+    script.push_str("t=60 beat w1 ready tinybee 1/1\nt=60 tick -> reject a QUEUE_TIMEOUT\n");
+    check(&script);
+}
+
+proptest! {
+    #[test]
+    fn every_job_ends_once_and_no_worker_is_overfull(steps in prop::collection::vec((0usize..12, 0usize..3, 0usize..8, 1u64..400), 1..120)) {
+        let mut run = Script { scheduler: Scheduler::new(config(5)), seq: 0 };
+        let mut now = Duration::ZERO;
+        let mut on: HashMap<String, String> = HashMap::new();
+        let mut ends: HashMap<String, usize> = HashMap::new();
+        let mut submitted = 0;
+        let mut lives = [1u64; 3];
+        let total = 2;
+        let feed = |run: &mut Script, now: Duration, words: &[&str], on: &mut HashMap<String, String>, ends: &mut HashMap<String, usize>| {
+            let event = run.event(now, words);
+            for effect in run.scheduler.handle(now, event) {
+                match effect {
+                    Effect::Dispatch { job, worker, .. } => {
+                        let before = on.insert(job.to_string(), worker.to_string());
+                        assert!(before.is_none(), "{job} runs twice");
+                        let load = on.values().filter(|at| **at == worker.as_str()).count();
+                        assert!(load <= total, "{worker} has {load}");
+                    }
+                    Effect::Halt { job } => drop(on.remove(job.as_str())),
+                    Effect::Reject { job, .. } | Effect::Abort { job, .. } => {
+                        on.remove(job.as_str());
+                        *ends.entry(job.to_string()).or_default() += 1;
+                    }
+                    _ => {}
+                }
+            }
+            assert!(run.scheduler.queued() <= 5 + 8, "{}", run.scheduler.queued());
+        };
+        for (what, who, which, ms) in steps {
+            now += Duration::from_millis(ms);
+            let (name, model) = (format!("w{who}"), ["tinybee", "other"][which % 2]);
+            let life = format!("life={}", lives[who]);
+            let running = on.iter().nth(which % on.len().max(1)).map(|(job, at)| (job.clone(), at.clone()));
+            let words: Vec<String> = match (what, running) {
+                (0..=2, _) => ["beat", &name, "ready", ["tinybee", "other"][who % 2], &format!("0/{total}"), &life].map(str::to_owned).to_vec(),
+                (3..=5, _) => {
+                    submitted += 1;
+                    vec!["submit".into(), format!("j{submitted}"), model.into()]
+                }
+                (6, Some((job, at))) => vec!["first".into(), job, at],
+                (7, Some((job, at))) => {
+                    on.remove(&job);
+                    *ends.entry(job.clone()).or_default() += 1;
+                    vec!["ended".into(), job, at]
+                }
+                (8, Some((job, at))) => {
+                    on.remove(&job);
+                    vec!["failed".into(), job, at, "WORKER_LOST".into()]
+                }
+                (9, _) => vec!["unloadable".into(), model.into(), "MODEL_CORRUPT".into()],
+                (10, Some((job, _))) => {
+                    on.remove(&job);
+                    *ends.entry(job.clone()).or_default() += 1;
+                    vec!["cancel".into(), job]
+                }
+                (11, _) => {
+                    lives[who] += 1;
+                    vec!["tick".into()]
+                }
+                _ => vec!["tick".into()],
+            };
+            let words: Vec<&str> = words.iter().map(String::as_str).collect();
+            feed(&mut run, now, &words, &mut on, &mut ends);
+        }
+        // Everybody falls silent, loads fail, time passes: whatever is left must end.
+        for _ in 0..200 {
+            now += Duration::from_millis(400);
+            feed(&mut run, now, &["tick"], &mut on, &mut ends);
+            feed(&mut run, now, &["unloadable", "tinybee", "MODEL_CORRUPT"], &mut on, &mut ends);
+            feed(&mut run, now, &["unloadable", "other", "MODEL_CORRUPT"], &mut on, &mut ends);
+        }
+        for i in 1..=submitted {
+            prop_assert_eq!(ends.get(&format!("j{i}")).copied(), Some(1), "j{}", i);
+        }
+    }
+}
