@@ -10,6 +10,7 @@ mod broken_models;
 mod faults;
 mod infer;
 mod jobs;
+mod kit;
 mod queue;
 mod security;
 mod start;

@@ -136,6 +136,17 @@ pub fn announce_failure(error: &ErrorBody) {
     announce(&Line::Error(Box::new(error.clone())));
 }
 
+/// How a daemon's `main` ends: an error is told to the starter and on stderr, and decides the exit code.
+pub fn exit_code(outcome: Result<(), ErrorBody>) -> std::process::ExitCode {
+    let Err(error) = outcome else { return std::process::ExitCode::SUCCESS };
+    announce_failure(&error);
+    eprintln!("error: {error}");
+    if let Some(hint) = &error.hint {
+        eprintln!("hint: {hint}");
+    }
+    std::process::ExitCode::from(error.code.exit_code())
+}
+
 fn announce(line: &Line) {
     let Some(fd) = std::env::var(READY_FD).ok().and_then(|text| text.parse().ok()) else { return };
     let Ok(fd) = adopt(fd) else { return };

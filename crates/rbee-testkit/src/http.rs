@@ -4,7 +4,7 @@
 use std::collections::VecDeque;
 use std::io::{ErrorKind, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpStream};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rbee_wire::error::ErrorReply;
 use rbee_wire::event::{Done, Token};
@@ -464,10 +464,12 @@ impl Stream {
     /// The next event or the end.
     ///
     /// # Panics
-    /// When nothing comes for [`LIMIT`], or what comes is not of the protocol.
+    /// When no event comes for [`LIMIT`], comments not counted, or what comes is not of the protocol.
     #[track_caller]
     pub fn hear(&mut self) -> Heard {
+        let began = Instant::now();
         loop {
+            assert!(began.elapsed() < LIMIT, "no event for {LIMIT:?}, though the stream is alive");
             if let Some(frame) = self.frames.pop_front() {
                 assert!(!self.done, "an event after the end mark");
                 if frame.data == DONE.as_bytes() {
