@@ -116,3 +116,14 @@ fn thirty_prompts_at_its_own_sampling_read_well() {
     }
     assert!(bad.is_empty(), "{} of {}: {bad:#?}", bad.len(), PROMPTS.len());
 }
+
+#[test]
+fn what_is_reserved_for_it_without_measuring_is_enough() {
+    let cluster = Setup::real().warm();
+    let needs = cluster.program("llm-worker-rbee", &["inspect", "tinybee"]).run().exits(0).json();
+    let processes = cluster.rbee(&["worker", "process", "list", "--json"]).exits(0).json();
+    let (needed, reserved) = (needs["total"].as_u64().unwrap(), processes[0]["reserved"].as_u64().unwrap());
+    let memory = cluster.status().workers[0].memory;
+    assert!(needed <= reserved, "{needed} {reserved}");
+    assert!(memory.total <= reserved, "{memory:?} {reserved}");
+}
