@@ -4,9 +4,10 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
-use crate::matmul::{Isa, Packed, matmul};
+use crate::matmul::{Packed, matmul};
 use crate::ops;
 use crate::pool::Pool;
+use crate::simd::Isa;
 
 /// The threads and the instruction set that a model's ops use.
 #[derive(Clone)]
@@ -98,6 +99,8 @@ pub struct RmsNorm {
     pub weight: Vec<f32>,
     /// Added to the mean square.
     pub eps: f32,
+    /// Where it runs.
+    pub isa: Isa,
 }
 
 impl RmsNorm {
@@ -122,13 +125,16 @@ impl CustomOp1 for RmsNorm {
             bail!("a row of {width} values meets a norm of {}", self.weight.len());
         }
         let mut out = vec![0.0; x.len()];
-        ops::rms_norm(x, &self.weight, self.eps, &mut out);
+        ops::rms_norm(self.isa, x, &self.weight, self.eps, &mut out);
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 }
 
 /// `silu(gate) * up` of rows that hold gate and up side by side: `[rows, 2n]` to `[rows, n]`.
-pub struct SiluMul;
+pub struct SiluMul {
+    /// Where it runs.
+    pub isa: Isa,
+}
 
 impl SiluMul {
     /// Applies it.
@@ -152,12 +158,8 @@ impl CustomOp1 for SiluMul {
             bail!("{width} values are not gate and up");
         }
         let half = width / 2;
-        let mut out = Vec::with_capacity(rows * half);
-        for row in x.chunks_exact(width) {
-            let at = out.len();
-            out.extend_from_slice(&row[..half]);
-            ops::silu_mul(&mut out[at..], &row[half..]);
-        }
+        let mut out = vec![0.0; rows * half];
+        ops::silu_mul(self.isa, x, half, &mut out);
         Ok((CpuStorage::F32(out), Shape::from((rows, half))))
     }
 }

@@ -4,62 +4,53 @@
 //! rows, threads or lanes. So a row's bits are the same alone and among others, and the same on AVX-512,
 //! AVX2+FMA and the scalar path: a fused multiply-add rounds once, everywhere. Lanes are output columns.
 //!
-//! Packed form: panels of 16 columns; within a panel, for each k the 16 weights of the columns stand side by side.
+//! Packed form: panels of 64 columns; within a panel, for each k the 64 weights of the columns stand side by side. So a
+//! lone row reads one sequential stream, and still has four independent chains of sums.
 
-#![expect(unsafe_code, reason = "SIMD intrinsics")]
+#![expect(unsafe_code, reason = "SIMD kernels over raw pointers")]
 
 use half::{bf16, f16};
 
-use crate::pool::Pool;
+use crate::pool::{Pool, SharedOut};
+use crate::simd::{Element, Isa, Kernel, LANES, Lanes, dispatch};
 
 /// Columns of a panel.
-pub const PANEL: usize = 16;
+const PANEL: usize = 64;
+
+/// Vectors of a panel.
+const VECTORS: usize = PANEL / LANES;
 
 /// Multiply-adds below which a product is left to the calling thread: about 100 microseconds of one core.
 const SMALL: usize = 1 << 21;
 
-/// Instruction sets a kernel may use; all give the same bits.
+/// Multiply-adds of one task: enough to be worth handing out.
+const TASK: usize = 1 << 20;
+
+/// The type of stored weights.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Isa {
-    /// 16 lanes.
-    Avx512,
-    /// 8 lanes.
-    Avx2,
-    /// One element at a time: the reference.
-    Scalar,
+pub enum WeightType {
+    /// 4 bytes each.
+    F32,
+    /// 2 bytes each, IEEE half.
+    F16,
+    /// 2 bytes each, upper half of an f32.
+    Bf16,
 }
 
-impl Isa {
-    /// The widest that this machine has, or the one asked for if it is there: `avx512`, `avx2`, `scalar`.
-    pub fn detect(wanted: Option<&str>) -> Self {
-        let has = |isa: Self| match isa {
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw"),
-            #[cfg(target_arch = "x86_64")]
-            Self::Avx2 => {
-                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
-            }
-            #[cfg(not(target_arch = "x86_64"))]
-            Self::Avx512 | Self::Avx2 => false,
-            Self::Scalar => true,
-        };
-        let order: &[Self] = match wanted {
-            Some("scalar") => &[Self::Scalar],
-            Some("avx2") => &[Self::Avx2, Self::Scalar],
-            _ => &[Self::Avx512, Self::Avx2, Self::Scalar],
-        };
-        order.iter().copied().find(|isa| has(*isa)).unwrap_or(Self::Scalar)
+impl WeightType {
+    /// Bytes of one weight.
+    pub fn size(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::F16 | Self::Bf16 => 2,
+        }
     }
 }
 
-/// Weights in their own type.
 #[derive(Clone, Debug)]
-pub enum Weights {
-    /// 4 bytes each.
+enum Data {
     F32(Vec<f32>),
-    /// 2 bytes each.
     F16(Vec<f16>),
-    /// 2 bytes each.
     Bf16(Vec<bf16>),
 }
 
@@ -68,40 +59,81 @@ pub enum Weights {
 pub struct Packed {
     n: usize,
     k: usize,
-    data: Weights,
+    data: Data,
 }
 
-fn pack<T: Copy + Default>(rows: &[T], n: usize, k: usize) -> Vec<T> {
-    let panels = n.div_ceil(PANEL);
-    let mut data = vec![T::default(); panels * k * PANEL];
-    for (row, values) in rows.chunks_exact(k).enumerate() {
-        let (panel, lane) = (row / PANEL, row % PANEL);
-        let base = panel * k * PANEL + lane;
-        for (i, &value) in values.iter().enumerate() {
-            data[base + i * PANEL] = value;
+/// Weights that are not numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotFinite;
+
+/// The values of little-endian bytes as f32, whatever their type.
+///
+/// # Errors
+/// When one is infinite or not a number.
+pub fn widen(kind: WeightType, bytes: &[u8]) -> Result<Vec<f32>, NotFinite> {
+    fn all<const SIZE: usize>(bytes: &[u8], value: impl Fn([u8; SIZE]) -> f32) -> Vec<f32> {
+        bytes.as_chunks().0.iter().map(|bytes| value(*bytes)).collect()
+    }
+    let values = match kind {
+        WeightType::F32 => all(bytes, f32::from_le_bytes),
+        WeightType::F16 => all(bytes, |bytes| f16::from_le_bytes(bytes).to_f32()),
+        WeightType::Bf16 => all(bytes, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+    };
+    if values.iter().all(|value| value.is_finite()) { Ok(values) } else { Err(NotFinite) }
+}
+
+/// Packs matrices of `k` inputs, one below the other; `value` reads one weight, `finite` says whether it is a number.
+fn pack<T: Element, const SIZE: usize>(
+    parts: &[(WeightType, &[u8])],
+    n: usize,
+    k: usize,
+    value: impl Fn([u8; SIZE]) -> T,
+    finite: impl Fn(T) -> bool,
+) -> Result<Vec<T>, NotFinite> {
+    let mut data = vec![T::default(); n.div_ceil(PANEL) * k * PANEL];
+    let rows = parts.iter().flat_map(|(_, bytes)| bytes.chunks_exact(k * SIZE));
+    let mut sound = true;
+    for (row, bytes) in rows.enumerate() {
+        let base = (row / PANEL) * k * PANEL + row % PANEL;
+        for (to, bytes) in data[base..].iter_mut().step_by(PANEL).zip(bytes.as_chunks().0) {
+            *to = value(*bytes);
+            sound &= finite(*to);
         }
     }
-    data
+    if sound { Ok(data) } else { Err(NotFinite) }
 }
 
 impl Packed {
-    /// Packs row-major weights of shape `[n, k]`.
+    /// Packs row-major matrices `[*, k]` of little-endian bytes, one below the other. They keep their type if they share
+    /// one; else all become f32.
+    ///
+    /// # Errors
+    /// When a weight is infinite or not a number.
     ///
     /// # Panics
-    /// When the length is not `n * k`, or either is zero.
-    pub fn new(rows: &Weights, n: usize, k: usize) -> Self {
-        let len = match rows {
-            Weights::F32(rows) => rows.len(),
-            Weights::F16(rows) => rows.len(),
-            Weights::Bf16(rows) => rows.len(),
+    /// When a matrix does not have whole rows, or there are none.
+    pub fn new(parts: &[(WeightType, &[u8])], k: usize) -> Result<Self, NotFinite> {
+        let mut n = 0;
+        for (kind, bytes) in parts {
+            let row = k * kind.size();
+            assert!(row > 0 && bytes.len().is_multiple_of(row), "{} bytes are not rows of {k} {kind:?}", bytes.len());
+            n += bytes.len() / row;
+        }
+        assert!(n > 0, "a matrix without rows");
+        let kind = parts[0].0;
+        let data = match kind {
+            _ if parts.iter().any(|(other, _)| *other != kind) => {
+                let mut wide = Vec::new();
+                for (kind, bytes) in parts {
+                    wide.extend(widen(*kind, bytes)?.into_iter().flat_map(f32::to_le_bytes));
+                }
+                return Self::new(&[(WeightType::F32, &wide)], k);
+            }
+            WeightType::F32 => Data::F32(pack(parts, n, k, f32::from_le_bytes, f32::is_finite)?),
+            WeightType::F16 => Data::F16(pack(parts, n, k, f16::from_le_bytes, f16::is_finite)?),
+            WeightType::Bf16 => Data::Bf16(pack(parts, n, k, bf16::from_le_bytes, bf16::is_finite)?),
         };
-        assert!(n > 0 && k > 0 && len == n * k, "weights of {len} values are not {n} x {k}");
-        let data = match rows {
-            Weights::F32(rows) => Weights::F32(pack(rows, n, k)),
-            Weights::F16(rows) => Weights::F16(pack(rows, n, k)),
-            Weights::Bf16(rows) => Weights::Bf16(pack(rows, n, k)),
-        };
-        Self { n, k, data }
+        Ok(Self { n, k, data })
     }
 
     /// Outputs.
@@ -114,394 +146,155 @@ impl Packed {
         self.k
     }
 
+    /// Bytes of a packed matrix of `n` by `k`.
+    pub fn bytes(kind: WeightType, n: u64, k: u64) -> u64 {
+        n.next_multiple_of(PANEL as u64) * k * kind.size() as u64
+    }
+
     /// Row `i` (the weights of output `i`) as f32.
     ///
     /// # Panics
     /// When there is no such row, or `out` does not have `k` values.
     pub fn row(&self, i: usize, out: &mut [f32]) {
         assert!(i < self.n && out.len() == self.k, "row {i} of {} x {}", self.n, self.k);
-        let base = (i / PANEL) * self.k * PANEL + i % PANEL;
-        fn gather<T: Element>(data: &[T], base: usize, out: &mut [f32]) {
-            for (i, out) in out.iter_mut().enumerate() {
-                *out = data[base + i * PANEL].widen();
+        fn gather<T: Element>(data: &[T], out: &mut [f32]) {
+            for (out, value) in out.iter_mut().zip(data.iter().step_by(PANEL)) {
+                *out = value.widen();
             }
         }
+        let base = (i / PANEL) * self.k * PANEL + i % PANEL;
         match &self.data {
-            Weights::F32(data) => gather(data, base, out),
-            Weights::F16(data) => gather(data, base, out),
-            Weights::Bf16(data) => gather(data, base, out),
+            Data::F32(data) => gather(&data[base..], out),
+            Data::F16(data) => gather(&data[base..], out),
+            Data::Bf16(data) => gather(&data[base..], out),
         }
-    }
-
-    /// Bytes of the packed weights.
-    pub fn bytes(&self) -> usize {
-        match &self.data {
-            Weights::F32(data) => data.len() * 4,
-            Weights::F16(data) => data.len() * 2,
-            Weights::Bf16(data) => data.len() * 2,
-        }
-    }
-}
-
-/// A pointer that threads write disjoint parts of.
-#[derive(Clone, Copy)]
-struct Out(*mut f32);
-// SAFETY: `matmul` gives each task columns of its own.
-unsafe impl Send for Out {}
-// SAFETY: as above.
-unsafe impl Sync for Out {}
-
-impl Out {
-    /// A method, so that closures capture the whole, which may be shared, and not the bare pointer.
-    fn at(self) -> *mut f32 {
-        self.0
     }
 }
 
 /// `out[m, n] = x[m, k] · wᵀ`, columns shared out over the pool's threads.
 ///
 /// # Panics
-/// When the lengths do not fit the shapes.
+/// When the lengths do not fit the shapes, or this machine does not have `isa`.
 pub fn matmul(pool: &mut Pool, isa: Isa, x: &[f32], w: &Packed, out: &mut [f32]) {
     let (n, k) = (w.n, w.k);
     let m = x.len() / k;
     assert!(x.len() == m * k && out.len() == m * n, "matmul of {} by {n} x {k} into {}", x.len(), out.len());
+    assert!(isa.is_here(), "this machine has no {isa:?}");
     let panels = n.div_ceil(PANEL);
-    // Enough work per task to be worth a thread, enough tasks to even out.
-    let per_task = (65_536 / (k * PANEL * m.max(1))).clamp(1, panels).max(panels.div_ceil(pool.threads() * 8));
+    let per_task = (TASK / (k * PANEL * m.max(1))).clamp(1, panels).max(panels.div_ceil(pool.threads() * 8));
     // Waking a thread costs more than a small product.
     let per_task = if m * n * k < SMALL { panels } else { per_task };
-    let out = Out(out.as_mut_ptr());
+    let out = SharedOut::new(out);
     pool.run(panels.div_ceil(per_task), &|task| {
-        let first = task * per_task;
-        let last = (first + per_task).min(panels);
-        // SAFETY: tasks have disjoint panels, hence disjoint columns of `out`, which outlives the call; the ISA was
-        // detected on this machine.
+        let panels = task * per_task..((task + 1) * per_task).min(panels);
+        // SAFETY: tasks have disjoint panels, hence disjoint columns of `out`, which outlives the call; the lengths and
+        // the instruction set were checked above, and a packed matrix has whole panels.
         unsafe {
             match &w.data {
-                Weights::F32(data) => columns(isa, x, m, k, n, data, first..last, out.at()),
-                Weights::F16(data) => columns(isa, x, m, k, n, data, first..last, out.at()),
-                Weights::Bf16(data) => columns(isa, x, m, k, n, data, first..last, out.at()),
+                Data::F32(w) => dispatch(isa, Columns { x, w, m, n, k, panels, out: out.start() }),
+                Data::F16(w) => dispatch(isa, Columns { x, w, m, n, k, panels, out: out.start() }),
+                Data::Bf16(w) => dispatch(isa, Columns { x, w, m, n, k, panels, out: out.start() }),
             }
         }
     });
 }
 
-/// A weight type and how 16 of them become f32 lanes.
-trait Element: Copy {
-    fn widen(self) -> f32;
-    #[cfg(target_arch = "x86_64")]
-    unsafe fn load512(at: *const Self) -> std::arch::x86_64::__m512;
-    #[cfg(target_arch = "x86_64")]
-    unsafe fn load256(at: *const Self) -> std::arch::x86_64::__m256;
-}
-
-#[cfg(target_arch = "x86_64")]
-mod x86 {
-    use std::arch::x86_64::*;
-
-    use half::bf16;
-
-    use super::*;
-
-    impl Element for f32 {
-        fn widen(self) -> f32 {
-            self
-        }
-        #[inline]
-        #[target_feature(enable = "avx512f")]
-        unsafe fn load512(at: *const f32) -> __m512 {
-            // SAFETY: the caller gives a pointer to 16 values.
-            unsafe { _mm512_loadu_ps(at) }
-        }
-        #[inline]
-        #[target_feature(enable = "avx2")]
-        unsafe fn load256(at: *const f32) -> __m256 {
-            // SAFETY: the caller gives a pointer to 8 values.
-            unsafe { _mm256_loadu_ps(at) }
-        }
-    }
-
-    impl Element for bf16 {
-        fn widen(self) -> f32 {
-            self.to_f32()
-        }
-        #[inline]
-        #[target_feature(enable = "avx512f")]
-        unsafe fn load512(at: *const bf16) -> __m512 {
-            // SAFETY: the caller gives a pointer to 16 values; a bf16 is the upper half of an f32.
-            let halves = unsafe { _mm256_loadu_si256(at.cast()) };
-            _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
-        }
-        #[inline]
-        #[target_feature(enable = "avx2")]
-        unsafe fn load256(at: *const bf16) -> __m256 {
-            // SAFETY: the caller gives a pointer to 8 values.
-            let halves = unsafe { _mm_loadu_si128(at.cast()) };
-            _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
-        }
-    }
-
-    impl Element for f16 {
-        fn widen(self) -> f32 {
-            self.to_f32()
-        }
-        #[inline]
-        #[target_feature(enable = "avx512f")]
-        unsafe fn load512(at: *const f16) -> __m512 {
-            // SAFETY: the caller gives a pointer to 16 values.
-            _mm512_cvtph_ps(unsafe { _mm256_loadu_si256(at.cast()) })
-        }
-        #[inline]
-        #[target_feature(enable = "avx2,f16c")]
-        unsafe fn load256(at: *const f16) -> __m256 {
-            // SAFETY: the caller gives a pointer to 8 values.
-            _mm256_cvtph_ps(unsafe { _mm_loadu_si128(at.cast()) })
-        }
-    }
-
-    /// `R` rows by `P` panels with one 16-lane accumulator each.
-    #[target_feature(enable = "avx512f")]
-    unsafe fn block512<T: Element, const R: usize, const P: usize>(
-        x: *const f32,
-        k: usize,
-        w: *const T,
-        sums: &mut [[[f32; PANEL]; P]; R],
-    ) {
-        let mut acc = [[_mm512_setzero_ps(); P]; R];
-        for i in 0..k {
-            let mut lanes = [_mm512_setzero_ps(); P];
-            for (p, lane) in lanes.iter_mut().enumerate() {
-                // SAFETY: panel p has k groups of 16 values.
-                *lane = unsafe { T::load512(w.add((p * k + i) * PANEL)) };
-            }
-            for (r, row) in acc.iter_mut().enumerate() {
-                // SAFETY: x has R rows of k values.
-                let value = _mm512_set1_ps(unsafe { *x.add(r * k + i) });
-                for (sum, lane) in row.iter_mut().zip(&lanes) {
-                    *sum = _mm512_fmadd_ps(value, *lane, *sum);
-                }
-            }
-        }
-        for (row, out) in acc.iter().zip(sums) {
-            for (sum, out) in row.iter().zip(out) {
-                // SAFETY: out has 16 values.
-                unsafe { _mm512_storeu_ps(out.as_mut_ptr(), *sum) };
-            }
-        }
-    }
-
-    /// `R` rows by `P` panels with two 8-lane accumulators each.
-    #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn block256<T: Element, const R: usize, const P: usize>(
-        x: *const f32,
-        k: usize,
-        w: *const T,
-        sums: &mut [[[f32; PANEL]; P]; R],
-    ) {
-        let mut acc = [[[_mm256_setzero_ps(); 2]; P]; R];
-        for i in 0..k {
-            let mut lanes = [[_mm256_setzero_ps(); 2]; P];
-            for (p, lane) in lanes.iter_mut().enumerate() {
-                for (half, lane) in lane.iter_mut().enumerate() {
-                    // SAFETY: panel p has k groups of 16 values.
-                    *lane = unsafe { T::load256(w.add((p * k + i) * PANEL + half * 8)) };
-                }
-            }
-            for (r, row) in acc.iter_mut().enumerate() {
-                // SAFETY: x has R rows of k values.
-                let value = _mm256_set1_ps(unsafe { *x.add(r * k + i) });
-                for (sum, lane) in row.iter_mut().zip(&lanes) {
-                    sum[0] = _mm256_fmadd_ps(value, lane[0], sum[0]);
-                    sum[1] = _mm256_fmadd_ps(value, lane[1], sum[1]);
-                }
-            }
-        }
-        for (row, out) in acc.iter().zip(sums) {
-            for (sum, out) in row.iter().zip(out) {
-                // SAFETY: out has 16 values, written as two halves.
-                unsafe {
-                    _mm256_storeu_ps(out.as_mut_ptr(), sum[0]);
-                    _mm256_storeu_ps(out.as_mut_ptr().add(8), sum[1]);
-                }
-            }
-        }
-    }
-
-    pub(super) unsafe fn block<T: Element, const R: usize, const P: usize>(
-        isa: Isa,
-        x: *const f32,
-        k: usize,
-        w: *const T,
-        sums: &mut [[[f32; PANEL]; P]; R],
-    ) {
-        // SAFETY: as the caller's; the ISA was detected.
-        unsafe {
-            match isa {
-                Isa::Avx512 => block512::<T, R, P>(x, k, w, sums),
-                Isa::Avx2 => block256::<T, R, P>(x, k, w, sums),
-                Isa::Scalar => block_scalar::<T, R, P>(x, k, w, sums),
-            }
-        }
-    }
-}
-
-#[cfg(not(target_arch = "x86_64"))]
-mod x86 {
-    use super::*;
-
-    macro_rules! element {
-        ($($type:ty: $widen:expr),*) => {$(
-            impl Element for $type {
-                fn widen(self) -> f32 {
-                    $widen(self)
-                }
-            }
-        )*};
-    }
-    element!(f32: |x| x, bf16: bf16::to_f32, f16: f16::to_f32);
-
-    pub(super) unsafe fn block<T: Element, const R: usize, const P: usize>(
-        _: Isa,
-        x: *const f32,
-        k: usize,
-        w: *const T,
-        sums: &mut [[[f32; PANEL]; P]; R],
-    ) {
-        // SAFETY: as the caller's.
-        unsafe { block_scalar::<T, R, P>(x, k, w, sums) }
-    }
-}
-
-/// The reference: one element at a time, the same chain of fused multiply-adds.
-unsafe fn block_scalar<T: Element, const R: usize, const P: usize>(
-    x: *const f32,
-    k: usize,
-    w: *const T,
-    sums: &mut [[[f32; PANEL]; P]; R],
-) {
-    for (r, row) in sums.iter_mut().enumerate() {
-        for (p, panel) in row.iter_mut().enumerate() {
-            for (lane, sum) in panel.iter_mut().enumerate() {
-                *sum = 0.0;
-                for i in 0..k {
-                    // SAFETY: x has R rows of k values, panel p has k groups of 16.
-                    let (value, weight) = unsafe { (*x.add(r * k + i), (*w.add((p * k + i) * PANEL + lane)).widen()) };
-                    *sum = value.mul_add(weight, *sum);
-                }
-            }
-        }
-    }
-}
-
-/// All rows of some panels.
-///
-/// # Safety
-/// `x` is `[m, k]`, `w` the packed matrix, `out` points to `[m, n]` of which nobody else touches these columns.
-#[expect(clippy::too_many_arguments, reason = "the shape of one product")]
-unsafe fn columns<T: Element>(
-    isa: Isa,
-    x: &[f32],
+/// All rows of some panels. `x` is `[m, k]`, `w` the packed matrix, `out` points to `[m, n]`, of which nobody else
+/// touches these columns.
+struct Columns<'a, T> {
+    x: &'a [f32],
+    w: &'a [T],
     m: usize,
-    k: usize,
     n: usize,
-    w: &[T],
+    k: usize,
     panels: std::ops::Range<usize>,
     out: *mut f32,
-) {
-    let mut panel = panels.start;
-    while panel < panels.end {
-        // SAFETY: the panels are within `w`, the rows within `x`.
-        unsafe {
-            let at = w.as_ptr().add(panel * k * PANEL);
-            let wide = panels.end - panel;
+}
+
+impl<T: Element> Kernel for Columns<'_, T> {
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        for panel in self.panels.clone() {
             let mut row = 0;
-            // Many rows share a pair of panels; a lone row streams four panels to hide the adds' latency.
-            if m >= 6 || wide < 4 {
-                let pair = wide.min(2);
-                while row < m {
-                    let rows = x.as_ptr().add(row * k);
-                    row += match (m - row, pair) {
-                        (6.., 2) => store::<T, 6, 2>(isa, rows, k, at, out, row, n, panel),
-                        (3.., 2) => store::<T, 3, 2>(isa, rows, k, at, out, row, n, panel),
-                        (_, 2) => store::<T, 1, 2>(isa, rows, k, at, out, row, n, panel),
-                        (6.., _) => store::<T, 6, 1>(isa, rows, k, at, out, row, n, panel),
-                        _ => store::<T, 1, 1>(isa, rows, k, at, out, row, n, panel),
-                    };
-                }
-                panel += pair;
-            } else {
-                while row < m {
-                    let rows = x.as_ptr().add(row * k);
-                    row += match m - row {
-                        2.. => store::<T, 2, 4>(isa, rows, k, at, out, row, n, panel),
-                        _ => store::<T, 1, 4>(isa, rows, k, at, out, row, n, panel),
-                    };
-                }
-                panel += 4;
+            while row < self.m {
+                // SAFETY: the rows are within `x`, the panel within `w`.
+                row += unsafe {
+                    match self.m - row {
+                        6.. if L::WIDE => self.block::<L, 6, VECTORS>(row, panel),
+                        3.. if L::WIDE => self.block::<L, 3, VECTORS>(row, panel),
+                        2.. if L::WIDE => self.block::<L, 2, VECTORS>(row, panel),
+                        4.. => self.block::<L, 4, 1>(row, panel),
+                        2.. => self.block::<L, 2, 2>(row, panel),
+                        _ => self.block::<L, 1, VECTORS>(row, panel),
+                    }
+                };
             }
         }
     }
 }
 
-#[expect(clippy::too_many_arguments, reason = "the shape of one block")]
-unsafe fn store<T: Element, const R: usize, const P: usize>(
-    isa: Isa,
-    x: *const f32,
-    k: usize,
-    w: *const T,
-    out: *mut f32,
-    row: usize,
-    n: usize,
-    panel: usize,
-) -> usize {
-    let mut sums = [[[0f32; PANEL]; P]; R];
-    // SAFETY: as the caller's.
-    unsafe { x86::block::<T, R, P>(isa, x, k, w, &mut sums) };
-    for (r, sums) in sums.iter().enumerate() {
-        for (p, sums) in sums.iter().enumerate() {
-            let column = (panel + p) * PANEL;
-            let width = PANEL.min(n.saturating_sub(column));
-            // SAFETY: the columns are within row `row + r` of `out`.
-            unsafe { std::ptr::copy_nonoverlapping(sums.as_ptr(), out.add((row + r) * n + column), width) };
+impl<T: Element> Columns<'_, T> {
+    /// `R` rows of one panel, `V` vectors at a time. Returns `R`.
+    ///
+    /// # Safety
+    /// `R` rows from `row` and the panel exist, and `V` divides the panel's vectors.
+    #[inline(always)]
+    unsafe fn block<L: Lanes, const R: usize, const V: usize>(&self, row: usize, panel: usize) -> usize {
+        let k = self.k;
+        // SAFETY: the caller's. Each panel has k groups of 64 weights; what is stored lies within row and panel.
+        unsafe {
+            let x = self.x.as_ptr().add(row * k);
+            let w = self.w.as_ptr().add(panel * k * PANEL);
+            for first in (0..VECTORS).step_by(V) {
+                let mut sums = [[L::splat(0.0); V]; R];
+                for i in 0..k {
+                    let mut weights = [L::splat(0.0); V];
+                    for (v, weight) in weights.iter_mut().enumerate() {
+                        *weight = L::load(w.add(i * PANEL + (first + v) * LANES));
+                    }
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        let value = L::splat(*x.add(r * k + i));
+                        for (sum, weight) in sums.iter_mut().zip(weights) {
+                            *sum = value.fma(weight, *sum);
+                        }
+                    }
+                }
+                for (r, sums) in sums.iter().enumerate() {
+                    for (v, sum) in sums.iter().enumerate() {
+                        let column = panel * PANEL + (first + v) * LANES;
+                        let out = self.out.wrapping_add((row + r) * self.n + column);
+                        if column + LANES <= self.n {
+                            sum.store(out);
+                        } else if column < self.n {
+                            let mut last = [0f32; LANES];
+                            sum.store(last.as_mut_ptr());
+                            std::ptr::copy_nonoverlapping(last.as_ptr(), out, self.n - column);
+                        }
+                    }
+                }
+            }
         }
+        R
     }
-    R
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::{bytes, values};
 
-    /// Values between -1 and 1 that look random.
-    fn values(seed: u32, count: usize) -> Vec<f32> {
-        let mut state = seed.wrapping_mul(2_654_435_761).wrapping_add(12345);
-        (0..count)
-            .map(|_| {
-                state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
-                (state >> 8) as f32 / (1 << 23) as f32 - 1.0
-            })
-            .collect()
-    }
-
-    fn kinds(rows: &[f32]) -> [Weights; 3] {
-        [
-            Weights::F32(rows.to_vec()),
-            Weights::F16(rows.iter().map(|&v| f16::from_f32(v)).collect()),
-            Weights::Bf16(rows.iter().map(|&v| bf16::from_f32(v)).collect()),
-        ]
-    }
+    const KINDS: [WeightType; 3] = [WeightType::F32, WeightType::F16, WeightType::Bf16];
 
     #[test]
     fn a_row_has_the_same_bits_alone_among_others_on_any_isa_and_any_threads() {
-        for (m, n, k) in [(1, 1, 1), (1, 64, 32), (2, 70, 33), (5, 100, 17), (6, 48, 64), (13, 129, 96), (40, 256, 192)]
+        for (m, n, k) in [(1, 1, 1), (1, 64, 32), (2, 70, 33), (5, 100, 17), (6, 48, 64), (13, 129, 96), (40, 500, 192)]
         {
             let x = values(m as u32, m * k);
-            for weights in kinds(&values(n as u32, n * k)) {
-                let packed = Packed::new(&weights, n, k);
+            for kind in KINDS {
+                let packed = Packed::new(&[(kind, &bytes(kind, &values(n as u32, n * k)))], k).unwrap();
                 let mut want = vec![0.0; m * n];
                 matmul(&mut Pool::new(1), Isa::Scalar, &x, &packed, &mut want);
-                for isa in [Isa::detect(None), Isa::detect(Some("avx2"))] {
+                for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
                     for threads in [1, 3] {
                         let mut pool = Pool::new(threads);
                         let mut got = vec![0.0; m * n];
@@ -510,7 +303,7 @@ mod tests {
                         for row in 0..m {
                             let mut alone = vec![0.0; n];
                             matmul(&mut pool, isa, &x[row * k..][..k], &packed, &mut alone);
-                            assert_eq!(alone, want[row * n..][..n]);
+                            assert_eq!(alone, want[row * n..][..n], "{isa:?} {m}x{n}x{k} row {row}");
                         }
                     }
                 }
@@ -519,15 +312,45 @@ mod tests {
     }
 
     #[test]
-    fn sums_agree_with_double_precision() {
-        let (m, n, k) = (3, 40, 500);
+    fn sums_are_a_chain_of_fused_multiply_adds_and_agree_with_double_precision() {
+        let (m, n, k) = (3, 70, 500);
         let (x, w) = (values(1, m * k), values(2, n * k));
+        let packed = Packed::new(&[(WeightType::F32, &bytes(WeightType::F32, &w))], k).unwrap();
         let mut got = vec![0.0; m * n];
-        matmul(&mut Pool::new(2), Isa::detect(None), &x, &Packed::new(&Weights::F32(w.clone()), n, k), &mut got);
+        matmul(&mut Pool::new(2), Isa::detect(), &x, &packed, &mut got);
         for row in 0..m {
             for column in 0..n {
-                let want: f64 = (0..k).map(|i| f64::from(x[row * k + i]) * f64::from(w[column * k + i])).sum();
-                assert!((f64::from(got[row * n + column]) - want).abs() < 1e-4);
+                let pairs = || (0..k).map(|i| (x[row * k + i], w[column * k + i]));
+                let chain = pairs().fold(0f32, |sum, (x, w)| x.mul_add(w, sum));
+                let exact: f64 = pairs().map(|(x, w)| f64::from(x) * f64::from(w)).sum();
+                let got = got[row * n + column];
+                assert_eq!(got.to_bits(), chain.to_bits());
+                assert!((f64::from(got) - exact).abs() < 1e-4);
+            }
+        }
+    }
+
+    #[test]
+    fn rows_come_back_and_matrices_of_two_types_lose_nothing() {
+        let (k, one, two) = (33, values(1, 33 * 60), values(2, 33 * 10));
+        let narrow = bytes(WeightType::Bf16, &two);
+        let packed = Packed::new(&[(WeightType::F32, &bytes(WeightType::F32, &one)), (WeightType::Bf16, &narrow)], k);
+        let (packed, two) = (packed.unwrap(), widen(WeightType::Bf16, &narrow).unwrap());
+        let mut row = vec![0.0; k];
+        for i in 0..70 {
+            packed.row(i, &mut row);
+            assert_eq!(row, if i < 60 { &one[i * k..][..k] } else { &two[(i - 60) * k..][..k] });
+        }
+    }
+
+    #[test]
+    fn weights_that_are_no_numbers_are_refused() {
+        for kind in KINDS {
+            for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+                let mut values = values(3, 8 * 5);
+                values[17] = bad;
+                assert_eq!(Packed::new(&[(kind, &bytes(kind, &values))], 8).err(), Some(NotFinite));
+                assert_eq!(widen(kind, &bytes(kind, &values)).err(), Some(NotFinite));
             }
         }
     }

@@ -1,9 +1,15 @@
 //! Row-wise operations. Every sum has one order that depends on nothing but the row's own length.
+//!
+//! They are plain loops, compiled for each instruction set: a multiply and an add that are written apart are rounded
+//! apart everywhere, so the bits are the same.
 
-/// Lanes of a striped sum: element `i` goes to lane `i % 16`, lanes are added as a fixed tree.
-const LANES: usize = 16;
+#![expect(unsafe_code, reason = "the same code is compiled for each instruction set")]
 
-fn tree(mut lanes: [f32; LANES]) -> f32 {
+use crate::simd::{Isa, Kernel, LANES, Lanes, dispatch};
+
+/// The sum of a striped sum's lanes, as a fixed tree.
+#[inline(always)]
+pub(crate) fn tree(mut lanes: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     while width > 0 {
         for i in 0..width {
@@ -14,29 +20,107 @@ fn tree(mut lanes: [f32; LANES]) -> f32 {
     lanes[0]
 }
 
-/// Inner product in striped order, each lane a chain of multiply then add.
-pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+/// Sum of squares in striped order: element `i` goes to lane `i % 16`.
+#[inline(always)]
+fn squares(x: &[f32]) -> f32 {
     let mut lanes = [0f32; LANES];
-    let (a_chunks, b_chunks) = (a.chunks_exact(LANES), b.chunks_exact(LANES));
-    let tails = a_chunks.remainder().iter().zip(b_chunks.remainder());
-    for (a, b) in a_chunks.zip(b_chunks) {
-        for ((lane, a), b) in lanes.iter_mut().zip(a).zip(b) {
-            *lane += a * b;
+    let (rows, rest) = x.as_chunks::<LANES>();
+    for row in rows {
+        for (lane, x) in lanes.iter_mut().zip(row) {
+            *lane += x * x;
         }
     }
-    for (lane, (a, b)) in lanes.iter_mut().zip(tails) {
-        *lane += a * b;
+    for (lane, x) in lanes.iter_mut().zip(rest) {
+        *lane += x * x;
     }
     tree(lanes)
 }
 
+/// `e^x`, the same bits on every machine: Cephes' polynomial (S. Moshier, expf) on the nearest power of two, relative
+/// error below 2e-7; 0 below -87.3, and above 88.3 the largest power it can scale.
+#[inline(always)]
+pub(crate) fn exp(x: f32) -> f32 {
+    // Adding it rounds to a whole number, which then stands in the lowest bits.
+    const ROUND: f32 = 12_582_912.0;
+    let small = x < -87.3;
+    let x = if x > 88.3 { 88.3 } else { x };
+    let shifted = x * std::f32::consts::LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
+    let mut p = 1.987_569_1e-4;
+    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5] {
+        p = p * r + c;
+    }
+    let y = p * r * r + r + 1.0;
+    let scaled = y * f32::from_bits(shifted.to_bits().wrapping_add(127) << 23);
+    if small { 0.0 } else { scaled }
+}
+
+/// Runs a function's body on an instruction set.
+fn on(isa: Isa, body: impl Body) {
+    assert!(isa.is_here(), "this machine has no {isa:?}");
+    // SAFETY: the instruction set is there, and a body is safe code.
+    unsafe { dispatch(isa, Loops(body)) }
+}
+
+/// Safe loops to compile for an instruction set; `run` must be `#[inline(always)]`.
+trait Body {
+    fn run(self);
+}
+
+struct Loops<B>(B);
+
+impl<B: Body> Kernel for Loops<B> {
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        self.0.run();
+    }
+}
+
 /// Root-mean-square norm (Zhang and Sennrich 2019) of each row of `weight.len()` values: `x / sqrt(mean(x²) + eps) * weight`.
-pub fn rms_norm(x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
-    let n = weight.len();
-    for (x, out) in x.chunks_exact(n).zip(out.chunks_exact_mut(n)) {
-        let scale = 1.0 / (dot(x, x) / n as f32 + eps).sqrt();
-        for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-            *out = x * scale * weight;
+pub fn rms_norm(isa: Isa, x: &[f32], weight: &[f32], eps: f32, out: &mut [f32]) {
+    on(isa, RmsNorm { x, weight, eps, out });
+}
+
+struct RmsNorm<'a> {
+    x: &'a [f32],
+    weight: &'a [f32],
+    eps: f32,
+    out: &'a mut [f32],
+}
+
+impl Body for RmsNorm<'_> {
+    #[inline(always)]
+    fn run(self) {
+        let n = self.weight.len();
+        for (x, out) in self.x.chunks_exact(n).zip(self.out.chunks_exact_mut(n)) {
+            let scale = 1.0 / (squares(x) / n as f32 + self.eps).sqrt();
+            for ((out, x), weight) in out.iter_mut().zip(x).zip(self.weight) {
+                *out = x * scale * weight;
+            }
+        }
+    }
+}
+
+/// `silu(gate) * up` of rows that hold `n` gates and then `n` ups: `[rows, 2n]` to `[rows, n]`.
+pub fn silu_mul(isa: Isa, x: &[f32], n: usize, out: &mut [f32]) {
+    on(isa, SiluMul { x, n, out });
+}
+
+struct SiluMul<'a> {
+    x: &'a [f32],
+    n: usize,
+    out: &'a mut [f32],
+}
+
+impl Body for SiluMul<'_> {
+    #[inline(always)]
+    fn run(self) {
+        for (row, out) in self.x.chunks_exact(2 * self.n).zip(self.out.chunks_exact_mut(self.n)) {
+            let (gate, up) = row.split_at(self.n);
+            for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+                *out = *gate / (1.0 + exp(-*gate)) * up;
+            }
         }
     }
 }
@@ -50,13 +134,6 @@ pub fn rope(head: &mut [f32], cos: &[f32], sin: &[f32]) {
     }
 }
 
-/// `silu(gate) * up`, written over `gate`.
-pub fn silu_mul(gate: &mut [f32], up: &[f32]) {
-    for (gate, up) in gate.iter_mut().zip(up) {
-        *gate = *gate / (1.0 + exp(-*gate)) * up;
-    }
-}
-
 /// `y += x`.
 pub fn add(y: &mut [f32], x: &[f32]) {
     for (y, x) in y.iter_mut().zip(x) {
@@ -64,128 +141,63 @@ pub fn add(y: &mut [f32], x: &[f32]) {
     }
 }
 
-/// `e^x`, the same bits on every machine: Cephes' polynomial (S. Moshier, expf), relative error below 2e-7;
-/// 0 below -87.3, and above 88.3 the largest power it can scale.
-pub fn exp(x: f32) -> f32 {
-    let x = if x < -87.3 {
-        return 0.0;
-    } else {
-        x.min(88.3)
-    };
-    let n = (x * std::f32::consts::LOG2_E + 0.5).floor();
-    let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
-    let mut p = 1.987_569_1e-4;
-    for c in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5] {
-        p = p * r + c;
-    }
-    let y = p * r * r + r + 1.0;
-    y * f32::from_bits(((n as i32 + 127) as u32) << 23)
-}
-
-/// Positions whose scores are summed before they are merged into what came before.
-pub const PARTIAL: usize = 1024;
-
-/// Where keys and values of a sequence are: rows of `head_dim` f32 by absolute position.
-pub trait KvRows {
-    /// The key row at `position`.
-    fn key<'a>(&'a self, position: usize, scratch: &'a mut [f32]) -> &'a [f32];
-    /// The value row at `position`.
-    fn value<'a>(&'a self, position: usize, scratch: &'a mut [f32]) -> &'a [f32];
-}
-
-/// Scratch of one attention row.
-#[derive(Default)]
-pub struct AttentionScratch {
-    scores: Vec<f32>,
-    row: Vec<f32>,
-    sum: Vec<f32>,
-}
-
-/// Attention of one query row over positions `0..count` (online softmax, Milakov and Gimelshein 2018): partials of
-/// [`PARTIAL`] positions at absolute offsets, each with its own maximum, merged in ascending order. The result depends
-/// on the query and those positions alone.
-pub fn attend(q: &[f32], kv: &impl KvRows, count: usize, scale: f32, out: &mut [f32], scratch: &mut AttentionScratch) {
-    let dim = q.len();
-    scratch.scores.resize(PARTIAL, 0.0);
-    scratch.row.resize(dim, 0.0);
-    scratch.sum.resize(dim, 0.0);
-    let AttentionScratch { scores, row, sum } = scratch;
-    out.fill(0.0);
-    let (mut top, mut total) = (f32::NEG_INFINITY, 0f32);
-    let mut start = 0;
-    while start < count {
-        let end = (start + PARTIAL).min(count);
-        let mut high = f32::NEG_INFINITY;
-        for (score, position) in scores.iter_mut().zip(start..end) {
-            *score = dot(q, kv.key(position, row)) * scale;
-            high = high.max(*score);
-        }
-        let mut part = 0f32;
-        sum.fill(0.0);
-        for (score, position) in scores.iter().zip(start..end) {
-            let weight = exp(score - high);
-            part += weight;
-            for (sum, value) in sum.iter_mut().zip(kv.value(position, row)) {
-                *sum += weight * value;
-            }
-        }
-        let new_top = top.max(high);
-        let (old, new) = (if start == 0 { 0.0 } else { exp(top - new_top) }, exp(high - new_top));
-        total = total * old + part * new;
-        for (out, sum) in out.iter_mut().zip(sum.iter()) {
-            *out = *out * old + sum * new;
-        }
-        top = new_top;
-        start = end;
-    }
-    let scale = 1.0 / total;
-    for out in out.iter_mut() {
-        *out *= scale;
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::testing::values;
 
     #[test]
     fn exp_is_close_everywhere() {
-        for i in -8800..8800 {
+        for i in -8_800..8_830 {
             let x = i as f32 / 100.0;
             let want = f64::from(x).exp();
             let got = f64::from(exp(x));
             assert!((got - want).abs() <= 3e-7 * want + 1.3e-38, "{x}: {got} {want}");
         }
         assert_eq!(exp(f32::NEG_INFINITY), 0.0);
+        assert_eq!(exp(0.0), 1.0);
+        assert!(exp(f32::INFINITY).is_finite() && exp(f32::NAN).is_nan());
     }
 
-    struct Rows(Vec<Vec<f32>>, Vec<Vec<f32>>);
-    impl KvRows for Rows {
-        fn key<'a>(&'a self, position: usize, _: &'a mut [f32]) -> &'a [f32] {
-            &self.0[position]
+    #[test]
+    fn norms_and_gates_are_alike_on_any_isa_and_agree_with_double_precision() {
+        let (rows, n) = (3, 77);
+        let (x, weight) = (values(1, rows * 2 * n), values(2, 2 * n));
+        let run = |isa| {
+            let (mut norm, mut gated) = (vec![0.0; x.len()], vec![0.0; rows * n]);
+            rms_norm(isa, &x, &weight, 1e-5, &mut norm);
+            silu_mul(isa, &x, n, &mut gated);
+            (norm, gated)
+        };
+        let (norm, gated) = run(Isa::Scalar);
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
+            assert_eq!(run(isa), (norm.clone(), gated.clone()), "{isa:?}");
         }
-        fn value<'a>(&'a self, position: usize, _: &'a mut [f32]) -> &'a [f32] {
-            &self.1[position]
+        for (row, x) in x.chunks(2 * n).enumerate() {
+            let mean = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / (2 * n) as f64;
+            for i in 0..2 * n {
+                let want = f64::from(x[i]) / (mean + 1e-5).sqrt() * f64::from(weight[i]);
+                assert!((f64::from(norm[row * 2 * n + i]) - want).abs() < 1e-6);
+            }
+            for i in 0..n {
+                let (gate, up) = (f64::from(x[i]), f64::from(x[n + i]));
+                let want = gate / (1.0 + (-gate).exp()) * up;
+                assert!((f64::from(gated[row * n + i]) - want).abs() < 1e-6);
+            }
         }
     }
 
     #[test]
-    fn attention_over_several_partials_agrees_with_double_precision() {
-        let value = |i: usize, j: usize| ((i * 37 + j * 11) % 23) as f32 / 11.5 - 1.0;
-        let count = 2500;
-        let rows = |salt: usize| (0..count).map(|i| (0..8).map(|j| value(i + salt, j) * 3.0).collect()).collect();
-        let kv = Rows(rows(1), rows(5));
-        let q: Vec<f32> = (0..8).map(|j| value(3, j)).collect();
-        let mut out = vec![0.0; 8];
-        attend(&q, &kv, count, 0.5, &mut out, &mut AttentionScratch::default());
-        let scores: Vec<f64> =
-            kv.0.iter().map(|k| k.iter().zip(&q).map(|(a, b)| f64::from(a * b)).sum::<f64>() * 0.5).collect();
-        let high = scores.iter().copied().fold(f64::MIN, f64::max);
-        let total: f64 = scores.iter().map(|s| (s - high).exp()).sum();
-        for (j, got) in out.iter().enumerate() {
-            let want: f64 =
-                scores.iter().zip(&kv.1).map(|(s, v)| (s - high).exp() * f64::from(v[j])).sum::<f64>() / total;
-            assert!((f64::from(*got) - want).abs() < 1e-5, "{got} {want}");
+    fn rope_turns_pairs_and_keeps_their_length() {
+        let mut head = values(5, 8);
+        let before = head.clone();
+        let angles = [0.0f32, 0.3, 1.5, 3.0];
+        rope(&mut head, &angles.map(f32::cos), &angles.map(f32::sin));
+        for i in 0..4 {
+            let (a, b) = (f64::from(before[i]), f64::from(before[i + 4]));
+            let (sin, cos) = f64::from(angles[i]).sin_cos();
+            assert!((f64::from(head[i]) - (a * cos - b * sin)).abs() < 1e-6);
+            assert!((f64::from(head[i + 4]) - (b * cos + a * sin)).abs() < 1e-6);
         }
     }
 }

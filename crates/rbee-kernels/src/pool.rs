@@ -6,6 +6,8 @@
 
 #![expect(unsafe_code, reason = "a borrowed closure is shared with threads that outlive the borrow's scope")]
 
+use std::marker::PhantomData;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
@@ -105,6 +107,43 @@ impl Pool {
             if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
         assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a compute task panicked");
+    }
+}
+
+/// An output whose parts are written by different tasks of one [`Pool::run`].
+#[derive(Clone, Copy)]
+pub struct SharedOut<'a> {
+    start: *mut f32,
+    len: usize,
+    borrow: PhantomData<&'a mut [f32]>,
+}
+
+// SAFETY: it hands out nothing but a pointer and, unsafely, parts of which no two may overlap.
+unsafe impl Send for SharedOut<'_> {}
+// SAFETY: as above.
+unsafe impl Sync for SharedOut<'_> {}
+
+impl<'a> SharedOut<'a> {
+    /// Shares an output for as long as it is borrowed.
+    pub fn new(out: &'a mut [f32]) -> Self {
+        Self { start: out.as_mut_ptr(), len: out.len(), borrow: PhantomData }
+    }
+
+    pub(crate) fn start(self) -> *mut f32 {
+        self.start
+    }
+
+    /// The values of a range.
+    ///
+    /// # Safety
+    /// No two parts that are alive at one time may overlap.
+    ///
+    /// # Panics
+    /// When the range does not lie within the output.
+    pub unsafe fn part(self, range: Range<usize>) -> &'a mut [f32] {
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
+        // SAFETY: the range is within the borrowed output, and the caller's parts do not overlap.
+        unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
 }
 

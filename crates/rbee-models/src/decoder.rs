@@ -1,15 +1,19 @@
 //! The one parametric decoder: pre-norm attention and gated MLP on candle tensors of shape `[rows, width]`.
 
+use std::cell::RefCell;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
 use rbee_engine::StepCounter;
 use rbee_engine::runner::{BlockId, Chunk};
+use rbee_kernels::attention::{Query, Scratch, attend};
 use rbee_kernels::candle::{Compute, Linear, RmsNorm, SiluMul, values};
+use rbee_kernels::pool::SharedOut;
+use rbee_kernels::simd::Element;
 use rbee_kernels::{Packed, ops};
 use rbee_weights::config::ModelConfig;
 
-use crate::kv::{KvElement, KvStore};
+use crate::kv::KvStore;
 
 /// A decoder's weights.
 pub(crate) struct Decoder {
@@ -84,7 +88,7 @@ pub(crate) struct Pass<'a, T> {
 
 impl Decoder {
     /// The hidden state after the last layer of every row: `[rows, hidden]`. K and V of every row are in the KV then.
-    pub(crate) fn forward<T: KvElement>(&self, pass: &Pass<'_, T>) -> Result<Tensor> {
+    pub(crate) fn forward<T: Element>(&self, pass: &Pass<'_, T>) -> Result<Tensor> {
         let hidden = pass.config.hidden;
         let mut embedded = vec![0.0; pass.rows.len() * hidden];
         for (row, out) in pass.rows.iter().zip(embedded.chunks_exact_mut(hidden)) {
@@ -95,7 +99,8 @@ impl Decoder {
             let attended = layer.qkv.forward(&layer.attention_norm.forward(&x)?)?;
             let attended = attended.apply_op1_no_bwd(&Attention { layer: i, pass })?;
             x = (x + layer.output.forward(&attended)?)?;
-            let gated = SiluMul.forward(&layer.gate_up.forward(&layer.mlp_norm.forward(&x)?)?)?;
+            let gated =
+                SiluMul { isa: pass.compute.isa() }.forward(&layer.gate_up.forward(&layer.mlp_norm.forward(&x)?)?)?;
             x = (x + layer.down.forward(&gated)?)?;
             pass.steps.advance();
         }
@@ -109,7 +114,7 @@ impl Decoder {
 }
 
 /// Multiply-adds of attention below which the other threads are left asleep.
-const SMALL: usize = 1 << 20;
+const SMALL: usize = 1 << 21;
 
 /// Rope, the write into the KV, and causal attention over it: `[rows, (heads + 2 kv_heads) * dim]` to `[rows, heads * dim]`.
 struct Attention<'a, T> {
@@ -117,32 +122,12 @@ struct Attention<'a, T> {
     pass: &'a Pass<'a, T>,
 }
 
-/// A pointer whose parts are written by different threads.
-#[derive(Clone, Copy)]
-struct Out(*mut f32);
-
-#[expect(unsafe_code, reason = "threads write disjoint heads of one output")]
-mod shared {
-    use super::Out;
-
-    // SAFETY: every task of `Attention` writes the one head that its index names.
-    unsafe impl Send for Out {}
-    // SAFETY: as above.
-    unsafe impl Sync for Out {}
-
-    impl Out {
-        /// The `len` values at `at`.
-        ///
-        /// # Safety
-        /// They must be within the output, and nobody else may touch them meanwhile.
-        pub(super) unsafe fn part<'a>(self, at: usize, len: usize) -> &'a mut [f32] {
-            // SAFETY: the caller's.
-            unsafe { std::slice::from_raw_parts_mut(self.0.add(at), len) }
-        }
-    }
+thread_local! {
+    /// Each compute thread's own.
+    static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-impl<T: KvElement> CustomOp1 for Attention<'_, T> {
+impl<T: Element> CustomOp1 for Attention<'_, T> {
     fn name(&self) -> &'static str {
         "paged-attention"
     }
@@ -163,28 +148,26 @@ impl<T: KvElement> CustomOp1 for Attention<'_, T> {
         }
         let store = &*store;
         let mut result = vec![0.0; rows.len() * heads * dim];
-        let out = Out(result.as_mut_ptr());
+        let out = SharedOut::new(&mut result);
         let scale = 1.0 / (dim as f32).sqrt();
-        let group = heads / kv_heads;
         // One task is one KV head of one row: its query heads share the keys.
+        let group = heads / kv_heads * dim;
         let tasks = rows.len() * kv_heads;
         let work: usize = rows.iter().map(|row| row.position + 1).sum::<usize>() * heads * dim * 2;
-        let attend = |task: usize| {
+        let one = |task: usize| {
             let (r, kv_head) = (task / kv_heads, task % kv_heads);
             let row = &rows[r];
-            let kv_rows = store.rows(*layer, kv_head, row.blocks);
-            let mut scratch = ops::AttentionScratch::default();
-            for head in kv_head * group..(kv_head + 1) * group {
-                let q = &qkv[r * width + head * dim..][..dim];
-                // SAFETY: this head of this row belongs to this task alone, and `result` outlives the run.
-                let out = unsafe { out.part((r * heads + head) * dim, dim) };
-                ops::attend(q, &kv_rows, row.position + 1, scale, out, &mut scratch);
-            }
+            let heads = &qkv[r * width + kv_head * group..][..group];
+            let query = Query { heads, dim, first: 0, count: row.position + 1, scale, cap: None };
+            // SAFETY: these heads of this row belong to this task alone.
+            let out = unsafe { out.part(task * group..(task + 1) * group) };
+            let sequence = store.sequence(*layer, kv_head, row.blocks);
+            SCRATCH.with_borrow_mut(|scratch| attend(compute.isa(), query, &sequence, out, scratch));
         };
         if work < SMALL {
-            (0..tasks).for_each(attend)
+            (0..tasks).for_each(one)
         } else {
-            compute.run(tasks, &attend)
+            compute.run(tasks, &one)
         }
         Ok((CpuStorage::F32(result), Shape::from((rows.len(), heads * dim))))
     }

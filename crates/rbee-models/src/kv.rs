@@ -1,10 +1,12 @@
-//! KV storage: per layer, per block of positions, per head, rows of `head_dim` values in the cache's type.
+//! KV storage in the cache's type: per layer, per block of positions and per head, keys and values as
+//! [`rbee_kernels::attention`] lays them out.
 
 use std::str::FromStr;
 
-use half::{bf16, f16};
 use rbee_engine::runner::BlockId;
-use rbee_kernels::ops::KvRows;
+use rbee_kernels::attention::{BLOCK, KvBlocks, width, write_key, write_value};
+use rbee_kernels::simd::{Element, zeroed};
+use rbee_weights::config::ModelConfig;
 
 use crate::error::Error;
 
@@ -41,109 +43,80 @@ impl FromStr for KvType {
     }
 }
 
-/// An element type of the cache.
-pub(crate) trait KvElement: Copy + Default + Send + Sync {
-    fn narrow(value: f32) -> Self;
-    fn widen(self) -> f32;
-    /// The row as f32: itself, or widened into the scratch.
-    fn row<'a>(row: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32];
+/// Bytes of the KV of one token: the values of a head are padded to whole vectors.
+pub(crate) fn bytes_per_token(config: &ModelConfig, kv_type: KvType) -> u64 {
+    let head = (config.head_dim + width(config.head_dim)) * kv_type.size();
+    (config.layers * config.kv_heads * head) as u64
 }
-
-impl KvElement for f32 {
-    fn narrow(value: f32) -> f32 {
-        value
-    }
-    fn widen(self) -> f32 {
-        self
-    }
-    fn row<'a>(row: &'a [f32], _: &'a mut [f32]) -> &'a [f32] {
-        row
-    }
-}
-
-macro_rules! half_elements {
-    ($($type:ty),*) => {$(
-        impl KvElement for $type {
-            fn narrow(value: f32) -> Self {
-                Self::from_f32(value)
-            }
-            fn widen(self) -> f32 {
-                self.to_f32()
-            }
-            fn row<'a>(row: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
-                for (wide, value) in scratch.iter_mut().zip(row) {
-                    *wide = value.widen();
-                }
-                scratch
-            }
-        }
-    )*};
-}
-
-half_elements!(f16, bf16);
 
 /// The storage of one element type.
 pub(crate) struct KvStore<T> {
     keys: Vec<T>,
     values: Vec<T>,
     blocks: usize,
-    block_size: usize,
     heads: usize,
     dim: usize,
 }
 
-impl<T: KvElement> KvStore<T> {
-    /// Zeroed storage for all layers.
-    pub(crate) fn new(layers: usize, blocks: usize, block_size: usize, heads: usize, dim: usize) -> Self {
-        let len = layers * blocks * block_size * heads * dim;
-        Self { keys: vec![T::default(); len], values: vec![T::default(); len], blocks, block_size, heads, dim }
+impl<T: Element> KvStore<T> {
+    /// Zeroed storage of so many blocks for all layers.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub(crate) fn new(config: &ModelConfig, blocks: usize) -> Result<Self, Error> {
+        let (heads, dim) = (config.kv_heads, config.head_dim);
+        let all = |width: usize| {
+            let len = [blocks, heads, BLOCK, width].into_iter().try_fold(config.layers, usize::checked_mul)?;
+            zeroed::<T>(len)
+        };
+        match (all(dim), all(width(dim))) {
+            (Some(keys), Some(values)) => Ok(Self { keys, values, blocks, heads, dim }),
+            _ => Err(Error::Option(format!(
+                "there is no memory for the KV of {} tokens: ask for a shorter context or fewer slots",
+                blocks.saturating_mul(BLOCK)
+            ))),
+        }
     }
 
-    fn at(&self, layer: usize, block: BlockId, head: usize, offset: usize) -> usize {
-        (((layer * self.blocks + block.0 as usize) * self.heads + head) * self.block_size + offset) * self.dim
+    fn block(&self, layer: usize, block: BlockId, head: usize) -> usize {
+        (layer * self.blocks + block.0 as usize) * self.heads + head
     }
 
     /// Writes K and V of one position, `heads * dim` values each, rounded to the cache's type.
     pub(crate) fn write(&mut self, layer: usize, blocks: &[BlockId], position: usize, k: &[f32], v: &[f32]) {
-        let (block, offset) = (blocks[position / self.block_size], position % self.block_size);
-        for head in 0..self.heads {
-            let at = self.at(layer, block, head, offset);
-            let part = head * self.dim..(head + 1) * self.dim;
-            for (to, from) in self.keys[at..][..self.dim].iter_mut().zip(&k[part.clone()]) {
-                *to = T::narrow(*from);
-            }
-            for (to, from) in self.values[at..][..self.dim].iter_mut().zip(&v[part]) {
-                *to = T::narrow(*from);
-            }
+        let (block, offset) = (blocks[position / BLOCK], position % BLOCK);
+        let (keys, values) = (self.dim * BLOCK, width(self.dim) * BLOCK);
+        for (head, (k, v)) in k.chunks_exact(self.dim).zip(v.chunks_exact(self.dim)).enumerate() {
+            let at = self.block(layer, block, head);
+            write_key(&mut self.keys[at * keys..][..keys], offset, k);
+            write_value(&mut self.values[at * values..][..values], offset, v);
         }
     }
 
-    /// The rows of one head of one sequence.
-    pub(crate) fn rows<'a>(&'a self, layer: usize, head: usize, blocks: &'a [BlockId]) -> Rows<'a, T> {
-        Rows { store: self, layer, head, blocks }
+    /// The blocks of one head of one sequence.
+    pub(crate) fn sequence<'a>(&'a self, layer: usize, head: usize, blocks: &'a [BlockId]) -> Sequence<'a, T> {
+        Sequence { store: self, layer, head, blocks }
     }
 }
 
-/// The rows of one head of one sequence, by position.
-pub(crate) struct Rows<'a, T> {
+/// The blocks of one head of one sequence, in order.
+pub(crate) struct Sequence<'a, T> {
     store: &'a KvStore<T>,
     layer: usize,
     head: usize,
     blocks: &'a [BlockId],
 }
 
-impl<T: KvElement> Rows<'_, T> {
-    fn at(&self, position: usize) -> usize {
-        let size = self.store.block_size;
-        self.store.at(self.layer, self.blocks[position / size], self.head, position % size)
-    }
-}
+impl<T: Element> KvBlocks for Sequence<'_, T> {
+    type Element = T;
 
-impl<T: KvElement> KvRows for Rows<'_, T> {
-    fn key<'a>(&'a self, position: usize, scratch: &'a mut [f32]) -> &'a [f32] {
-        T::row(&self.store.keys[self.at(position)..][..self.store.dim], scratch)
+    fn keys(&self, i: usize) -> &[T] {
+        let len = self.store.dim * BLOCK;
+        &self.store.keys[self.store.block(self.layer, self.blocks[i], self.head) * len..][..len]
     }
-    fn value<'a>(&'a self, position: usize, scratch: &'a mut [f32]) -> &'a [f32] {
-        T::row(&self.store.values[self.at(position)..][..self.store.dim], scratch)
+
+    fn values(&self, i: usize) -> &[T] {
+        let len = width(self.store.dim) * BLOCK;
+        &self.store.values[self.store.block(self.layer, self.blocks[i], self.head) * len..][..len]
     }
 }

@@ -1,6 +1,7 @@
 //! Decoder models on candle behind the engine's [`ModelRunner`](rbee_engine::ModelRunner).
 //!
-//! [`files`] opens a model's folder and trusts nothing in it; [`loader`] turns checked bytes into packed weights;
+//! [`files`] opens a model's folder and trusts nothing in it; [`arch`] says which tensors a model has; [`loader`] turns
+//! checked bytes into packed weights;
 //! [`decoder`] is the one parametric decoder; [`runner`] drives it over paged KV. Start with [`load`].
 //!
 //! Invariants
@@ -10,6 +11,7 @@
 
 pub mod files;
 
+mod arch;
 mod decoder;
 mod error;
 mod kv;

@@ -1,32 +1,55 @@
 //! Checked bytes into packed weights, and what a model needs before any of it is read.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 
-use candle_core::{DType, Device, Tensor};
-use half::{bf16, f16};
 use rbee_kernels::candle::{Compute, Linear, RmsNorm};
-use rbee_kernels::{Packed, Weights};
+use rbee_kernels::matmul::widen;
+use rbee_kernels::{Packed, WeightType};
 use rbee_weights::Error as FileError;
 use rbee_weights::config::{GenerationDefaults, ModelConfig};
 use rbee_weights::needs::{Needs, needs};
-use rbee_weights::safetensors::{Dtype, Index, TensorInfo, header_len, shards};
+use rbee_weights::safetensors::{Dtype, Index, Shards, header_len};
 use sha2::{Digest, Sha256};
 
+use crate::arch::{Matrix, Plan, is_spare};
 use crate::decoder::{Decoder, Layer};
 use crate::error::Error;
 use crate::files::{ModelFiles, WeightBytes};
-use crate::kv::KvType;
+use crate::kv::{KvType, bytes_per_token};
 
 const SINGLE: &str = "model.safetensors";
 
-/// Bytes at each end of a weight file that go into its digest besides its header; small files go in whole.
-const SAMPLE: usize = 32 << 20;
+/// Context of a model that was made for a longer one, unless more is asked for: its KV is reserved for every slot.
+const DEFAULT_CONTEXT: usize = 4096;
 
-/// The config and the checked headers of a model's files.
+/// Tokens of a step that scratch memory is counted for.
+const STEP_TOKENS: u64 = 512;
+
+/// Weight files up to this long go into the digest whole.
+const WHOLE: usize = 64 << 20;
+
+/// Of longer ones, the first [`PAGE`] bytes of every so many.
+const STRIDE: usize = 64 << 10;
+
+const PAGE: usize = 4 << 10;
+
+/// The config and the checked headers of a model's files: every tensor of the plan is there in its shape, and no other.
 pub(crate) struct Opened {
     pub(crate) config: ModelConfig,
     pub(crate) generation: GenerationDefaults,
-    files: Vec<(String, WeightBytes, Index)>,
+    plan: Plan,
+    files: Vec<(String, WeightBytes)>,
+    tensors: HashMap<String, Place>,
+}
+
+/// Where a tensor is.
+#[derive(Clone, Copy)]
+struct Place {
+    file: usize,
+    start: usize,
+    len: usize,
+    kind: WeightType,
 }
 
 /// Reads and checks everything but the weights themselves.
@@ -36,20 +59,72 @@ pub(crate) fn open(files: &ModelFiles) -> Result<Opened, Error> {
         Some(bytes) => GenerationDefaults::parse(&bytes)?,
         None => GenerationDefaults::default(),
     };
-    let names = match files.small("model.safetensors.index.json")? {
-        Some(bytes) => shards(&bytes)?,
-        None => vec![SINGLE.to_owned()],
-    };
-    let mut opened = Vec::new();
+    if let Some(id) = generation.eos.iter().find(|id| **id as usize >= config.vocab) {
+        let problem = format!("`eos_token_id` {id} is outside a vocabulary of {}", config.vocab);
+        return Err(FileError::corrupt("generation_config.json", problem).into());
+    }
+    let shards = files.small(Shards::FILE)?.map(|bytes| Shards::parse(&bytes)).transpose()?;
+    let names = shards.as_ref().map_or_else(|| vec![SINGLE.to_owned()], |shards| shards.files.clone());
+    let (mut files_read, mut indexes) = (Vec::new(), Vec::new());
     for name in names {
         let bytes = files.weights(&name)?.ok_or_else(|| FileError::Missing(name.clone()))?;
         let file_len = bytes.len() as u64;
         let len = header_len(&name, &bytes, file_len)?;
         let len = usize::try_from(len).map_err(|_| FileError::corrupt(&name, "its header is too long"))?;
-        let index = Index::parse(&name, &bytes[8..8 + len], file_len)?;
-        opened.push((name, bytes, index));
+        indexes.push(Index::parse(&name, &bytes[8..8 + len], file_len)?);
+        files_read.push((name, bytes));
     }
-    Ok(Opened { config, generation, files: opened })
+    if let Some(shards) = &shards {
+        shards.check(&indexes.iter().collect::<Vec<_>>())?;
+    }
+    let plan = Plan::of(&config);
+    let tensors = places(&config, &plan, &files_read, indexes)?;
+    Ok(Opened { config, generation, plan, files: files_read, tensors })
+}
+
+/// Where the plan's tensors are, each in its shape and in a type we compute with.
+fn places(
+    config: &ModelConfig,
+    plan: &Plan,
+    files: &[(String, WeightBytes)],
+    indexes: Vec<Index>,
+) -> Result<HashMap<String, Place>, FileError> {
+    let mut there = HashMap::new();
+    for (file, index) in indexes.into_iter().enumerate() {
+        there.extend(index.tensors.into_iter().map(|(name, info)| (name, (file, info))));
+    }
+    let mut places = HashMap::new();
+    for (name, shape) in plan.tensors(config) {
+        let Some((file, info)) = there.remove(&name) else {
+            return Err(FileError::corrupt(&files[0].0, format!("tensor `{name}` is missing")));
+        };
+        let file_name = &files[file].0;
+        if info.shape != shape {
+            let problem = format!("tensor `{name}` has shape {:?}, the config asks for {shape:?}", info.shape);
+            return Err(FileError::corrupt(file_name, problem));
+        }
+        let kind = match info.dtype {
+            Some(Dtype::F32) => WeightType::F32,
+            Some(Dtype::F16) => WeightType::F16,
+            Some(Dtype::Bf16) => WeightType::Bf16,
+            None => {
+                let problem = format!("tensor `{name}` is not f32, f16 or bf16");
+                return Err(FileError::unsupported(file_name, problem));
+            }
+        };
+        let address = |at: u64| usize::try_from(at).map_err(|_| FileError::corrupt(file_name, "it is too large"));
+        places.insert(name, Place { file, start: address(info.start)?, len: address(info.len)?, kind });
+    }
+    // A tensor without a use would have changed the result for whoever made it: a bias that the config denies, the norms of
+    // another architecture.
+    let extra = there.iter().filter(|(name, _)| !is_spare(config, name)).min_by_key(|(name, _)| name.as_str());
+    match extra {
+        None => Ok(places),
+        Some((name, (file, _))) => {
+            let problem = format!("tensor `{}` has no use in the architecture of config.json", name.escape_debug());
+            Err(FileError::unsupported(&files[*file].0, problem))
+        }
+    }
 }
 
 /// What a model needs in memory, from its headers alone.
@@ -64,20 +139,15 @@ pub fn inspect(
 ) -> Result<Needs, Error> {
     let opened = open(files)?;
     let context = opened.context(context)?;
-    Ok(opened.needs(context, slots, kv_type))
+    Ok(opened.needs(context, slots, opened.kv_type(kv_type)))
 }
-
-/// Context of a model that was made for a longer one, unless more is asked for: its KV is reserved for every slot.
-const DEFAULT_CONTEXT: usize = 4096;
-
-/// Tokens of a step that scratch memory is counted for.
-const STEP_TOKENS: u64 = 512;
 
 impl Opened {
     /// The context that is asked for, or the default.
     pub(crate) fn context(&self, asked: Option<usize>) -> Result<usize, Error> {
         let most = self.config.max_positions;
         match asked {
+            Some(0) => Err(Error::Option("a context of 0 tokens holds nothing".into())),
             Some(asked) if asked > most => {
                 Err(Error::Option(format!("a context of {asked} tokens is longer than the model's own {most}")))
             }
@@ -86,146 +156,107 @@ impl Opened {
         }
     }
 
-    /// The cache's type: as asked for, else the weights' own.
+    /// The cache's type: as asked for, else that of the embedding.
     pub(crate) fn kv_type(&self, asked: Option<KvType>) -> KvType {
-        asked.unwrap_or_else(|| match self.find("model.embed_tokens.weight").map(|(_, info)| info.dtype) {
-            Some(Some(Dtype::F16)) => KvType::F16,
-            Some(Some(Dtype::Bf16)) => KvType::Bf16,
-            _ => KvType::F32,
+        asked.unwrap_or_else(|| match self.place(&self.plan.embedding.parts[0].0).kind {
+            WeightType::F32 => KvType::F32,
+            WeightType::F16 => KvType::F16,
+            WeightType::Bf16 => KvType::Bf16,
         })
     }
 
-    pub(crate) fn needs(&self, context: usize, slots: usize, kv_type: Option<KvType>) -> Needs {
-        let kv = self.kv_type(kv_type).size() as u64;
-        let tensors = self.files.iter().flat_map(|(_, _, index)| index.tensors.iter());
-        let weights = tensors.filter(|(name, _)| !(self.config.tied && name.as_str() == "lm_head.weight"));
-        let weights = weights.map(|(_, info)| info.len).sum();
-        needs(&self.config, weights, kv, context as u64, (context * slots) as u64, STEP_TOKENS)
+    pub(crate) fn needs(&self, context: usize, slots: usize, kv_type: KvType) -> Needs {
+        let packed = self.plan.matrices().map(|matrix| {
+            let mut kinds = matrix.parts.iter().map(|(name, _)| self.place(name).kind);
+            let first = kinds.next().unwrap_or(WeightType::F32);
+            let kind = if kinds.all(|kind| kind == first) { first } else { WeightType::F32 };
+            Packed::bytes(kind, matrix.outputs() as u64, matrix.inputs as u64)
+        });
+        let positions = context.next_multiple_of(rbee_kernels::attention::BLOCK) as u64 * slots as u64;
+        let kv = bytes_per_token(&self.config, kv_type);
+        needs(&self.config, packed.sum(), kv, context as u64, positions, STEP_TOKENS)
     }
 
-    fn find(&self, name: &str) -> Option<(&[u8], &TensorInfo)> {
-        self.files.iter().find_map(|(_, bytes, index)| {
-            let info = index.tensors.get(name)?;
-            let start = usize::try_from(info.start).ok()?;
-            let len = usize::try_from(info.len).ok()?;
-            Some((bytes.get(start..start.checked_add(len)?)?, info))
-        })
+    fn place(&self, name: &str) -> Place {
+        *self.tensors.get(name).expect("all tensors of the plan were found when the files were opened")
     }
 
-    /// A tensor of this name and shape, in its own type.
-    fn tensor(&self, name: &str, shape: &[usize]) -> Result<Tensor, Error> {
-        let file = self.files.first().map_or(SINGLE, |(file, _, _)| file);
-        let (bytes, info) =
-            self.find(name).ok_or_else(|| FileError::corrupt(file, format!("tensor `{name}` is missing")))?;
-        if info.shape != shape {
-            return Err(FileError::corrupt(
-                file,
-                format!("tensor `{name}` has shape {:?}, the config asks for {shape:?}", info.shape),
-            )
-            .into());
-        }
-        let dtype = match info.dtype {
-            Some(Dtype::F32) => DType::F32,
-            Some(Dtype::F16) => DType::F16,
-            Some(Dtype::Bf16) => DType::BF16,
-            None => return Err(FileError::unsupported(file, format!("tensor `{name}` is not f32, f16 or bf16")).into()),
-        };
-        Tensor::from_raw_buffer(bytes, dtype, shape, &Device::Cpu)
-            .map_err(|source| Error::Tensor { what: name.to_owned(), source })
+    /// The bytes of a tensor of the plan, and their type.
+    fn tensor(&self, name: &str) -> (WeightType, &[u8]) {
+        let place = self.place(name);
+        (place.kind, &self.files[place.file].1[place.start..place.start + place.len])
     }
 
-    /// Several matrices of the same inputs, one below the other, packed in their own type.
-    fn packed(&self, parts: &[(String, usize)], k: usize) -> Result<Packed, Error> {
-        let mut tensors = Vec::new();
-        for (name, n) in parts {
-            tensors.push(self.tensor(name, &[*n, k])?);
-        }
-        let n = parts.iter().map(|(_, n)| n).sum();
-        let what = || parts[0].0.clone();
-        let failed = |source| Error::Tensor { what: what(), source };
-        let dtype = tensors[0].dtype();
-        let same: candle_core::Result<Vec<Tensor>> = tensors.iter().map(|tensor| tensor.to_dtype(dtype)).collect();
-        let joined = Tensor::cat(&same.map_err(failed)?, 0).and_then(|joined| joined.flatten_all()).map_err(failed)?;
-        let weights = match dtype {
-            DType::F16 => Weights::F16(joined.to_vec1::<f16>().map_err(failed)?),
-            DType::BF16 => Weights::Bf16(joined.to_vec1::<bf16>().map_err(failed)?),
-            _ => Weights::F32(joined.to_vec1::<f32>().map_err(failed)?),
-        };
-        Ok(Packed::new(&weights, n, k))
+    fn not_finite(&self, name: &str) -> Error {
+        let file = &self.files[self.place(name).file].0;
+        FileError::corrupt(file, format!("tensor `{name}` holds values that are not numbers")).into()
+    }
+
+    /// A matrix, packed.
+    fn packed(&self, matrix: &Matrix) -> Result<Packed, Error> {
+        let parts: Vec<_> = matrix.parts.iter().map(|(name, _)| self.tensor(name)).collect();
+        Packed::new(&parts, matrix.inputs).map_err(|_| self.not_finite(&matrix.parts[0].0))
     }
 
     /// A vector as f32.
-    fn vector(&self, name: &str, n: usize) -> Result<Vec<f32>, Error> {
-        self.tensor(name, &[n])?
-            .to_dtype(DType::F32)
-            .and_then(|tensor| tensor.to_vec1())
-            .map_err(|source| Error::Tensor { what: name.to_owned(), source })
+    fn vector(&self, name: &str) -> Result<Vec<f32>, Error> {
+        let (kind, bytes) = self.tensor(name);
+        widen(kind, bytes).map_err(|_| self.not_finite(name))
     }
 
     /// All weights, packed. `each` is told the bytes done after each layer.
     pub(crate) fn decoder(&self, compute: &Compute, each: &dyn Fn(u64, u64)) -> Result<Decoder, Error> {
-        let config = &self.config;
-        let (hidden, dim, ff) = (config.hidden, config.head_dim, config.intermediate);
-        let (q, kv) = (config.heads * dim, config.kv_heads * dim);
-        let bias = |wanted: bool, parts: &[(String, usize)]| -> Result<Option<Vec<f32>>, Error> {
-            if !wanted {
-                return Ok(None);
+        let linear = |matrix: &Matrix| -> Result<Linear, Error> {
+            let mut bias = Vec::new();
+            for (name, _) in matrix.biases() {
+                bias.extend(self.vector(&name)?);
             }
-            let mut values = Vec::new();
-            for (name, n) in parts {
-                values.extend(self.vector(&name.replace(".weight", ".bias"), *n)?);
-            }
-            Ok(Some(values))
-        };
-        let linear = |parts: &[(String, usize)], k: usize, biased: bool| -> Result<Linear, Error> {
-            let weights = Arc::new(self.packed(parts, k)?);
-            Ok(Linear { weights, bias: bias(biased, parts)?, compute: compute.clone() })
+            let weights = Arc::new(self.packed(matrix)?);
+            Ok(Linear { weights, bias: matrix.biased.then_some(bias), compute: compute.clone() })
         };
         let norm = |name: &str| -> Result<RmsNorm, Error> {
-            Ok(RmsNorm { weight: self.vector(name, hidden)?, eps: config.norm_eps })
+            Ok(RmsNorm { weight: self.vector(name)?, eps: self.config.norm_eps, isa: compute.isa() })
         };
-        let total: u64 = self.files.iter().map(|(_, bytes, _)| bytes.len() as u64).sum();
-        let mut layers = Vec::with_capacity(config.layers);
-        for i in 0..config.layers {
-            let part = |name: &str, n: usize| (format!("model.layers.{i}.{name}.weight"), n);
-            let qkv = [part("self_attn.q_proj", q), part("self_attn.k_proj", kv), part("self_attn.v_proj", kv)];
+        let total: u64 = self.files.iter().map(|(_, bytes)| bytes.len() as u64).sum();
+        let mut layers = Vec::with_capacity(self.plan.layers.len());
+        for (i, layer) in self.plan.layers.iter().enumerate() {
             layers.push(Layer {
-                attention_norm: norm(&part("input_layernorm", 0).0)?,
-                qkv: linear(&qkv, hidden, config.attention_bias)?,
-                output: linear(&[part("self_attn.o_proj", hidden)], q, config.attention_bias)?,
-                mlp_norm: norm(&part("post_attention_layernorm", 0).0)?,
-                gate_up: linear(&[part("mlp.gate_proj", ff), part("mlp.up_proj", ff)], hidden, config.mlp_bias)?,
-                down: linear(&[part("mlp.down_proj", hidden)], ff, config.mlp_bias)?,
+                attention_norm: norm(&layer.attention_norm)?,
+                qkv: linear(&layer.qkv)?,
+                output: linear(&layer.output)?,
+                mlp_norm: norm(&layer.mlp_norm)?,
+                gate_up: linear(&layer.gate_up)?,
+                down: linear(&layer.down)?,
             });
-            each(total * (i as u64 + 1) / (config.layers as u64 + 1), total);
+            each(total * (i as u64 + 1) / (self.plan.layers.len() as u64 + 1), total);
         }
-        let embedding = Arc::new(self.packed(&[("model.embed_tokens.weight".into(), config.vocab)], hidden)?);
-        let head = if config.tied {
-            Arc::clone(&embedding)
-        } else {
-            Arc::new(self.packed(&[("lm_head.weight".into(), config.vocab)], hidden)?)
+        let embedding = Arc::new(self.packed(&self.plan.embedding)?);
+        let head = match &self.plan.head {
+            None => Arc::clone(&embedding),
+            Some(head) => Arc::new(self.packed(head)?),
         };
         each(total, total);
-        Ok(Decoder {
-            embedding,
-            layers,
-            norm: norm("model.norm.weight")?,
-            head: Linear { weights: head, bias: None, compute: compute.clone() },
-        })
+        let head = Linear { weights: head, bias: None, compute: compute.clone() };
+        Ok(Decoder { embedding, layers, norm: norm(&self.plan.norm)?, head })
     }
 
-    /// Digest of the weights: header, length and content of each file, of large ones the content of both ends.
+    /// Digest of the weights: name, length and content of each file. Of a large file 4 KiB in every 64 KiB: whatever
+    /// changes a tensor as a whole, as training and merging do, changes some of it, and reading it is no second load.
     pub(crate) fn digest(&self) -> String {
         let mut hash = Sha256::new();
-        for (name, bytes, index) in &self.files {
+        for (name, bytes) in &self.files {
+            hash.update((name.len() as u64).to_le_bytes());
             hash.update(name.as_bytes());
             hash.update((bytes.len() as u64).to_le_bytes());
-            hash.update((index.tensors.len() as u64).to_le_bytes());
-            if bytes.len() <= 2 * SAMPLE {
+            if bytes.len() <= WHOLE {
                 hash.update(&**bytes);
-            } else {
-                hash.update(&bytes[..SAMPLE]);
-                hash.update(&bytes[bytes.len() - SAMPLE..]);
+                continue;
+            }
+            // The header is not sampled: it says what all the rest means.
+            let header = bytes.first_chunk().map_or(0, |len| u64::from_le_bytes(*len));
+            hash.update(&bytes[..usize::try_from(header).map_or(bytes.len(), |len| (len + 8).min(bytes.len()))]);
+            for stretch in bytes.chunks(STRIDE) {
+                hash.update(&stretch[..PAGE.min(stretch.len())]);
             }
         }
         hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()

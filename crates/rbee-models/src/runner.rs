@@ -6,8 +6,9 @@ use candle_core::Tensor;
 use half::{bf16, f16};
 use rbee_engine::runner::{Logits, LogitsWanted, ModelLimits, ModelRunner, RunnerError, StepBatch, StepCounter};
 use rbee_kernels::Isa;
+use rbee_kernels::attention::{BLOCK, PARTIAL};
 use rbee_kernels::candle::Compute;
-use rbee_kernels::ops::PARTIAL;
+use rbee_kernels::simd::Element;
 use rbee_weights::config::{GenerationDefaults, ModelConfig};
 use rbee_weights::needs::Needs;
 use sha2::{Digest, Sha256};
@@ -15,14 +16,14 @@ use sha2::{Digest, Sha256};
 use crate::decoder::{Decoder, Pass, RopeTable, rows};
 use crate::error::Error;
 use crate::files::ModelFiles;
-use crate::kv::{KvElement, KvStore, KvType};
+use crate::kv::{KvStore, KvType};
 use crate::loader::{self, Opened};
 
-/// Positions of a KV block.
-const BLOCK: usize = 16;
-
 /// Rises with every change of the arithmetic: it is part of the numerics id.
-const NUMERICS: u32 = 1;
+const NUMERICS: u32 = 2;
+
+/// Most compute threads.
+const MAX_THREADS: usize = 1024;
 
 /// How a model is loaded.
 #[derive(Clone, Debug)]
@@ -35,7 +36,7 @@ pub struct RunnerOptions {
     pub context: Option<usize>,
     /// Type of the KV cache; the weights' own unless given.
     pub kv_type: Option<KvType>,
-    /// Instruction set to use instead of the widest: `avx2` or `scalar`.
+    /// Instruction set to use instead of the widest: `avx512`, `avx2` or `scalar`.
     pub isa: Option<String>,
 }
 
@@ -71,23 +72,27 @@ pub fn load(
     steps: &StepCounter,
     progress: &dyn Fn(u64, u64),
 ) -> Result<CandleRunner, Error> {
+    let isa = isa(options.isa.as_deref())?;
+    if options.threads > MAX_THREADS {
+        return Err(Error::Option(format!("{} threads are more than {MAX_THREADS}", options.threads)));
+    }
     let opened: Opened = loader::open(files)?;
     let context = opened.context(options.context)?;
     let kv_type = opened.kv_type(options.kv_type);
-    let needs = opened.needs(context, options.slots, Some(kv_type));
-    let compute = Compute::new(options.threads.max(1), Isa::detect(options.isa.as_deref()));
+    let needs = opened.needs(context, options.slots, kv_type);
+    let compute = Compute::new(options.threads.max(1), isa);
     let decoder = opened.decoder(&compute, progress)?;
     let digest = opened.digest();
     let Opened { config, generation, .. } = opened;
     let blocks = context.div_ceil(BLOCK) * options.slots;
-    let (layers, heads, dim) = (config.layers, config.kv_heads, config.head_dim);
     let kv = match kv_type {
-        KvType::F32 => Kv::F32(Mutex::new(KvStore::new(layers, blocks, BLOCK, heads, dim))),
-        KvType::F16 => Kv::F16(Mutex::new(KvStore::new(layers, blocks, BLOCK, heads, dim))),
-        KvType::Bf16 => Kv::Bf16(Mutex::new(KvStore::new(layers, blocks, BLOCK, heads, dim))),
+        KvType::F32 => Kv::F32(Mutex::new(KvStore::new(&config, blocks)?)),
+        KvType::F16 => Kv::F16(Mutex::new(KvStore::new(&config, blocks)?)),
+        KvType::Bf16 => Kv::Bf16(Mutex::new(KvStore::new(&config, blocks)?)),
     };
-    // All instruction sets give the same bits, so none is part of the id.
-    let facts = format!("{NUMERICS} {} {digest} f32 {kv_type:?} {PARTIAL}", env!("CARGO_PKG_VERSION"));
+    // All instruction sets give the same bits, so none is part of the id. The config is: the same weights under another
+    // rope are another model.
+    let facts = format!("{NUMERICS} {} {digest} {config:?} f32 {kv_type:?} {PARTIAL}", env!("CARGO_PKG_VERSION"));
     let numerics_id = Sha256::digest(facts).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
     Ok(CandleRunner {
         limits: ModelLimits { vocab: config.vocab, context, block_size: BLOCK, kv_blocks: blocks },
@@ -102,6 +107,16 @@ pub fn load(
         digest,
         numerics_id,
     })
+}
+
+/// The instruction set that is asked for, else the widest.
+fn isa(asked: Option<&str>) -> Result<Isa, Error> {
+    let Some(name) = asked else { return Ok(Isa::detect()) };
+    match Isa::named(name) {
+        Some(isa) if isa.is_here() => Ok(isa),
+        Some(_) => Err(Error::Option(format!("this machine has no {name}"))),
+        None => Err(Error::Option(format!("instruction set `{}` is not avx512, avx2 or scalar", name.escape_debug()))),
+    }
 }
 
 impl CandleRunner {
@@ -130,7 +145,7 @@ impl CandleRunner {
         &self.numerics_id
     }
 
-    fn forward<T: KvElement>(&self, kv: &Mutex<KvStore<T>>, batch: &StepBatch<'_>) -> candle_core::Result<Tensor> {
+    fn forward<T: Element>(&self, kv: &Mutex<KvStore<T>>, batch: &StepBatch<'_>) -> candle_core::Result<Tensor> {
         let rows = rows(&batch.chunks);
         let pass = Pass {
             config: &self.config,
@@ -147,7 +162,7 @@ impl CandleRunner {
     fn check(&self, batch: &StepBatch<'_>) -> Result<(), RunnerError> {
         let ModelLimits { vocab, context, block_size, kv_blocks } = self.limits;
         for chunk in &batch.chunks {
-            let end = chunk.start + chunk.tokens.len();
+            let end = chunk.start.saturating_add(chunk.tokens.len());
             let sound = !chunk.tokens.is_empty()
                 && end <= context
                 && chunk.blocks.len() * block_size >= end

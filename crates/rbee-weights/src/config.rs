@@ -1,7 +1,7 @@
 //! `config.json` and `generation_config.json`: which architecture, which sizes, which defaults.
 //!
-//! Unknown values of known keys are errors, and so are keys that would change the result and are not known here to be
-//! harmless at their value. Both spellings of the rope settings are read: `rope_theta` with `rope_scaling`, and
+//! Unknown values of known keys are errors. Keys that nothing here knows are left alone, as transformers leaves them.
+//! Both spellings of the rope settings are read: `rope_theta` with `rope_scaling`, and
 //! `rope_parameters`.
 
 use serde_json::{Map, Value};
@@ -124,6 +124,19 @@ impl Reader<'_> {
         }
     }
 
+    fn text(&self, key: &str) -> Result<Option<&str>, Error> {
+        let Some(value) = self.get(key) else { return Ok(None) };
+        value.as_str().map(Some).ok_or_else(|| self.wrong(key, "a text"))
+    }
+
+    /// A key whose other values would change the result.
+    fn only(&self, key: &str, value: f64) -> Result<(), Error> {
+        match self.number(key, f64::MIN, f64::MAX)? {
+            Some(other) if other != value => Err(Error::unsupported(self.file, format!("`{key}` other than {value}"))),
+            _ => Ok(()),
+        }
+    }
+
     fn ids(&self, key: &str) -> Result<Vec<u32>, Error> {
         let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
         let ids = match self.get(key) {
@@ -143,7 +156,7 @@ impl ModelConfig {
     pub fn parse(bytes: &[u8]) -> Result<Self, Error> {
         let map = object(CONFIG, bytes)?;
         let read = Reader { map: &map, file: CONFIG };
-        let kind = map.get("model_type").and_then(Value::as_str).unwrap_or_default();
+        let kind = read.text("model_type")?.unwrap_or_default();
         if !SUPPORTED.contains(&kind) {
             let shown: String = kind.chars().take(64).collect();
             return Err(Error::unsupported(
@@ -157,7 +170,7 @@ impl ModelConfig {
                 "`quantization_config`: only plain f32, f16 and bf16 weights are read",
             ));
         }
-        match read.get("hidden_act").and_then(Value::as_str) {
+        match read.text("hidden_act")? {
             None | Some("silu" | "swish") => {}
             Some(other) => return Err(Error::unsupported(CONFIG, format!("hidden_act `{}`", other.escape_debug()))),
         }
@@ -175,8 +188,14 @@ impl ModelConfig {
         if head_dim % 2 != 0 {
             return Err(Error::corrupt(CONFIG, "head_dim is odd"));
         }
+        read.only("partial_rotary_factor", 1.0)?;
+        let vocab = read.need("vocab_size", 1 << 22)?;
+        let eos = read.ids("eos_token_id")?;
+        if let Some(id) = eos.iter().find(|id| **id as usize >= vocab) {
+            return Err(Error::corrupt(CONFIG, format!("`eos_token_id` {id} is outside a vocabulary of {vocab}")));
+        }
         Ok(Self {
-            vocab: read.need("vocab_size", 1 << 22)?,
+            vocab,
             hidden,
             intermediate: read.need("intermediate_size", 1 << 20)?,
             layers: read.need("num_hidden_layers", 1 << 10)?,
@@ -189,7 +208,7 @@ impl ModelConfig {
             attention_bias: read.flag("attention_bias")?,
             mlp_bias: read.flag("mlp_bias")?,
             rope: rope(&read)?,
-            eos: read.ids("eos_token_id")?,
+            eos,
         })
     }
 }
@@ -207,7 +226,12 @@ fn rope(read: &Reader<'_>) -> Result<Rope, Error> {
     };
     let inner = Reader { map, file: CONFIG };
     let theta = inner.number("rope_theta", 1.0, 1e12)?.or(outer).unwrap_or(10_000.0);
-    let kind = inner.get("rope_type").or_else(|| inner.get("type")).and_then(Value::as_str).unwrap_or("default");
+    let kind = match inner.text("rope_type")? {
+        Some(kind) => kind,
+        None => inner.text("type")?.unwrap_or("default"),
+    };
+    inner.only("partial_rotary_factor", 1.0)?;
+    inner.only("attention_factor", 1.0)?;
     let need = |key: &str, min: f64, max: f64| {
         inner.number(key, min, max)?.ok_or_else(|| Error::corrupt(CONFIG, format!("rope `{key}` is missing")))
     };
@@ -280,7 +304,8 @@ impl GenerationDefaults {
         Ok(Self {
             temperature: if greedy { Some(0.0) } else { read.number("temperature", 0.0, 100.0)?.map(|t| t as f32) },
             top_p: read.number("top_p", 0.0, 1.0)?.filter(|p| *p > 0.0).map(|p| p as f32),
-            top_k: read.size("top_k", 1 << 24).unwrap_or(None).and_then(|k| u32::try_from(k).ok()),
+            // Zero switches it off.
+            top_k: read.number("top_k", 0.0, f64::from(1 << 24))?.map(|k| k as u32).filter(|k| *k > 0),
             repetition_penalty: read.number("repetition_penalty", 0.01, 10.0)?.map(|p| p as f32),
             eos: read.ids("eos_token_id")?,
         })
@@ -310,9 +335,38 @@ mod tests {
     }
 
     #[test]
+    fn sampling_defaults_are_read_or_refused() {
+        let read = |text: &str| GenerationDefaults::parse(text.as_bytes());
+        let all = read(r#"{"temperature":0.6,"top_p":0.9,"top_k":50,"repetition_penalty":1.1,"eos_token_id":[7,8]}"#);
+        let want = GenerationDefaults {
+            temperature: Some(0.6),
+            top_p: Some(0.9),
+            top_k: Some(50),
+            repetition_penalty: Some(1.1),
+            eos: vec![7, 8],
+        };
+        assert_eq!(all.unwrap(), want);
+        assert_eq!(read(r#"{"do_sample":false,"temperature":0.6}"#).unwrap().temperature, Some(0.0));
+        assert_eq!(read(r#"{"top_k":0}"#).unwrap(), GenerationDefaults::default());
+        for wrong in
+            [r#"{"top_k":"x"}"#, r#"{"top_p":2}"#, r#"{"temperature":-1}"#, r#"{"eos_token_id":-1}"#, "[]", "{"]
+        {
+            assert!(read(wrong).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
     fn what_is_not_understood_is_refused() {
         for (rest, want) in [
             (r#","rope_scaling":{"type":"dynamic","factor":2.0}"#, "rope type `dynamic`"),
+            (r#","rope_scaling":{"type":3,"factor":2.0}"#, "`type` must be a text"),
+            (r#","rope_scaling":{"type":"linear"}"#, "`factor` is missing"),
+            (r#","rope_scaling":{"type":"linear","factor":2.0,"partial_rotary_factor":0.5}"#, "partial_rotary_factor"),
+            (r#","rope_parameters":[]"#, "an object"),
+            (r#","partial_rotary_factor":0.25"#, "partial_rotary_factor"),
+            (r#","rope_theta":0"#, "rope_theta"),
+            (r#","hidden_act":3"#, "hidden_act"),
+            (r#","vocab_size":2"#, "`eos_token_id` 2 is outside"),
             (r#","hidden_act":"gelu""#, "hidden_act"),
             (r#","quantization_config":{}"#, "quantization_config"),
             (r#","num_key_value_heads":3"#, "multiple"),

@@ -22,21 +22,24 @@ pub struct Needs {
 /// Bytes of the process without a model: code, server, threads.
 const PROCESS: u64 = 24 << 20;
 
-/// What a model of this config needs with weights of `weights` bytes, KV elements of `kv_size` bytes, room for
-/// `positions` positions and steps of `step_tokens` tokens.
+/// What a model of this config needs with weights of `weights` bytes, KV of `kv_per_token` bytes, room for `positions`
+/// positions and steps of `step_tokens` tokens.
 pub fn needs(
     config: &ModelConfig,
     weights: u64,
-    kv_size: u64,
+    kv_per_token: u64,
     context: u64,
     positions: u64,
     step_tokens: u64,
 ) -> Needs {
-    let kv_per_token = 2 * (config.layers * config.kv_heads * config.head_dim) as u64 * kv_size;
     let widest =
         config.hidden * 3 + config.intermediate * 2 + (config.heads * 2 + config.kv_heads * 2) * config.head_dim;
-    let rope = config.head_dim as u64 * 4 * context;
-    let scratch = PROCESS + rope + step_tokens * 4 * widest as u64 + step_tokens.min(64) * 4 * config.vocab as u64;
-    let kv = kv_per_token * positions;
-    Needs { weights, kv_per_token, kv, scratch, total: weights + kv + scratch, context }
+    let rope = (config.head_dim as u64 * 4).saturating_mul(context);
+    let rows = step_tokens.saturating_mul(4 * widest as u64);
+    let logits = step_tokens.min(64) * 4 * config.vocab as u64;
+    // A hostile config can ask for more than there are numbers for; it is refused for its size then.
+    let scratch = [rope, rows, logits].into_iter().fold(PROCESS, u64::saturating_add);
+    let kv = kv_per_token.saturating_mul(positions);
+    let total = weights.saturating_add(kv).saturating_add(scratch);
+    Needs { weights, kv_per_token, kv, scratch, total, context }
 }

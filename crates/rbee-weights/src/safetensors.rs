@@ -4,7 +4,7 @@
 use std::collections::HashMap;
 use std::fmt;
 
-use serde::de::{Deserializer, MapAccess, Visitor};
+use serde::de::{Deserializer, IgnoredAny, MapAccess, Visitor};
 use serde::{Deserialize, de};
 
 use crate::Error;
@@ -14,6 +14,9 @@ pub const MAX_HEADER: u64 = 32 << 20;
 
 /// Most tensors of one file. The largest published mixtures of experts have some 100,000.
 pub const MAX_TENSORS: usize = 250_000;
+
+/// Most files of a sharded model.
+const MAX_SHARDS: usize = 4096;
 
 const MAX_RANK: usize = 8;
 const MAX_NAME: usize = 512;
@@ -99,7 +102,8 @@ impl<'de> Deserialize<'de> for Entries {
                 let mut entries = Vec::new();
                 while let Some(name) = map.next_key::<String>()? {
                     if name == "__metadata__" {
-                        map.next_value::<HashMap<String, String>>()?;
+                        // Nothing in it changes a result.
+                        map.next_value::<IgnoredAny>()?;
                         continue;
                     }
                     if entries.len() >= MAX_TENSORS {
@@ -196,33 +200,75 @@ fn dtype(name: &str) -> Option<(Option<Dtype>, u64)> {
     })
 }
 
-/// Which file each tensor of a sharded model is in, from `model.safetensors.index.json`.
-///
-/// # Errors
-/// [`Error::Corrupt`] when it is not an index, or names a file outside its folder.
-pub fn shards(bytes: &[u8]) -> Result<Vec<String>, Error> {
-    const FILE: &str = "model.safetensors.index.json";
-    #[derive(Deserialize)]
-    struct Raw {
-        weight_map: HashMap<String, String>,
-    }
-    let raw: Raw = serde_json::from_slice(bytes).map_err(|error| Error::corrupt(FILE, error.to_string()))?;
-    let mut files: Vec<String> = raw.weight_map.into_values().collect();
-    files.sort_unstable();
-    files.dedup();
-    if files.is_empty() || files.len() > 4096 {
-        return Err(Error::corrupt(FILE, format!("it names {} files", files.len())));
-    }
-    for file in &files {
-        let plain = file.ends_with(".safetensors")
-            && !file.starts_with('.')
-            && file.len() <= 255
-            && file.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
-        if !plain {
-            return Err(Error::corrupt(FILE, format!("`{}` is not the name of a file beside it", file.escape_debug())));
+/// Which file each tensor of a sharded model is in.
+#[derive(Clone, Debug, Default)]
+pub struct Shards {
+    /// The files, in order of their names.
+    pub files: Vec<String>,
+    /// The file of each tensor, as an index into `files`.
+    pub tensors: HashMap<String, usize>,
+}
+
+impl Shards {
+    /// The file with the index.
+    pub const FILE: &str = "model.safetensors.index.json";
+
+    /// Reads and checks `model.safetensors.index.json`.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when it is not an index, or names a file outside its folder.
+    pub fn parse(bytes: &[u8]) -> Result<Self, Error> {
+        #[derive(Deserialize)]
+        struct Raw {
+            weight_map: HashMap<String, String>,
         }
+        let corrupt = |problem: String| Error::corrupt(Self::FILE, problem);
+        let raw: Raw = serde_json::from_slice(bytes).map_err(|error| corrupt(error.to_string()))?;
+        if raw.weight_map.len() > MAX_TENSORS {
+            return Err(corrupt(format!("it names more than {MAX_TENSORS} tensors")));
+        }
+        let mut files: Vec<String> = raw.weight_map.values().cloned().collect();
+        files.sort_unstable();
+        files.dedup();
+        if files.is_empty() || files.len() > MAX_SHARDS {
+            return Err(corrupt(format!("it names {} files", files.len())));
+        }
+        for file in &files {
+            let plain = file.ends_with(".safetensors")
+                && !file.starts_with('.')
+                && file.len() <= 255
+                && file.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b));
+            if !plain {
+                return Err(corrupt(format!("`{}` is not the name of a file beside it", file.escape_debug())));
+            }
+        }
+        let tensors = raw.weight_map.into_iter().map(|(tensor, file)| {
+            let at = files.binary_search(&file).expect("the files were collected from this map");
+            (tensor, at)
+        });
+        Ok(Self { tensors: tensors.collect(), files })
     }
-    Ok(files)
+
+    /// Checks the index against the shards' own headers, given in the order of `files`.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when a tensor is not where the index says, or stands in two files.
+    pub fn check(&self, indexes: &[&Index]) -> Result<(), Error> {
+        let mut found = 0;
+        for (tensor, &file) in &self.tensors {
+            if !indexes.get(file).is_some_and(|index| index.tensors.contains_key(tensor)) {
+                let problem = format!("tensor `{}` is not in {}", tensor.escape_debug(), self.files[file]);
+                return Err(Error::corrupt(Self::FILE, problem));
+            }
+            found += 1;
+        }
+        let there: usize = indexes.iter().map(|index| index.tensors.len()).sum();
+        if there != found {
+            let problem = format!("it names {found} tensors, its files have {there}");
+            return Err(Error::corrupt(Self::FILE, problem));
+        }
+        Ok(())
+    }
 }
 
 #[cfg(test)]
@@ -287,13 +333,43 @@ mod tests {
     }
 
     #[test]
+    fn a_header_of_a_million_tensors_is_refused_unread() {
+        // 1.5 million tensors take 60 bytes each at least.
+        let len = 1_500_000u64 * 60;
+        let error = header_len("f", &len.to_le_bytes(), len + 8).unwrap_err().to_string();
+        assert!(error.contains("more than"), "{error}");
+    }
+
+    #[test]
     fn shards_stay_beside_their_index() {
-        let index = |file: &str| shards(format!(r#"{{"weight_map":{{"a":"{file}"}}}}"#).as_bytes());
-        assert_eq!(index("model-1.safetensors").unwrap(), ["model-1.safetensors"]);
+        let index = |file: &str| Shards::parse(format!(r#"{{"weight_map":{{"a":"{file}"}}}}"#).as_bytes());
+        assert_eq!(index("model-1.safetensors").unwrap().files, ["model-1.safetensors"]);
         for file in
-            ["../x.safetensors", "/x.safetensors", "a/x.safetensors", ".x.safetensors", "x.bin", "..safetensors"]
+            ["../x.safetensors", "/x.safetensors", "a/x.safetensors", ".x.safetensors", "x.bin", "..safetensors", ""]
         {
             assert!(index(file).is_err(), "{file}");
+        }
+        for wrong in ["", "[]", "{}", r#"{"weight_map":{}}"#, r#"{"weight_map":{"a":1}}"#] {
+            assert!(Shards::parse(wrong.as_bytes()).is_err(), "{wrong}");
+        }
+    }
+
+    #[test]
+    fn an_index_and_its_shards_agree() {
+        let shards = Shards::parse(br#"{"weight_map":{"a":"2.safetensors","b":"1.safetensors"}}"#).unwrap();
+        let index = |names: &[&str]| {
+            let tensor = |name: &&str| format!(r#""{name}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}"#);
+            parse(&format!("{{{}}}", names.iter().map(tensor).collect::<Vec<_>>().join(",")), 0).unwrap()
+        };
+        shards.check(&[&index(&["b"]), &index(&["a"])]).unwrap();
+        for (one, two, want) in [
+            (&["a"][..], &["b"][..], "is not in"),
+            (&["b"], &[], "is not in"),
+            (&["b", "a"], &["a"], "its files have 3"),
+            (&["b", "c"], &["a"], "its files have 3"),
+        ] {
+            let error = shards.check(&[&index(one), &index(two)]).unwrap_err().to_string();
+            assert!(error.contains(want), "{error}");
         }
     }
 }

@@ -1,0 +1,378 @@
+//! Sixteen f32 lanes on AVX-512, on AVX2 and one at a time, and the weight types that widen into them.
+//!
+//! Kernels are written once over [`Lanes`] and compiled for each instruction set. Every lane operation rounds once and
+//! in the same way everywhere, so the instruction set never shows in a result. Start with [`dispatch`].
+
+#![expect(unsafe_code, reason = "SIMD intrinsics")]
+
+use half::{bf16, f16};
+
+/// Lanes of one vector.
+pub const LANES: usize = 16;
+
+/// Instruction sets a kernel may use; all give the same bits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Isa {
+    /// 16 lanes in one register.
+    Avx512,
+    /// 16 lanes in two registers.
+    Avx2,
+    /// One lane at a time: the reference.
+    Scalar,
+}
+
+impl Isa {
+    /// All, the widest first.
+    pub const ALL: [Self; 3] = [Self::Avx512, Self::Avx2, Self::Scalar];
+
+    /// Its name, as [`Isa::named`] takes it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Avx512 => "avx512",
+            Self::Avx2 => "avx2",
+            Self::Scalar => "scalar",
+        }
+    }
+
+    /// The one of this name.
+    pub fn named(name: &str) -> Option<Self> {
+        Self::ALL.into_iter().find(|isa| isa.name() == name)
+    }
+
+    /// Whether this machine has it.
+    pub fn is_here(self) -> bool {
+        match self {
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx512 => is_x86_feature_detected!("avx512f") && Self::Avx2.is_here(),
+            #[cfg(target_arch = "x86_64")]
+            Self::Avx2 => {
+                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            Self::Avx512 | Self::Avx2 => false,
+            Self::Scalar => true,
+        }
+    }
+
+    /// The widest that this machine has.
+    pub fn detect() -> Self {
+        Self::ALL.into_iter().find(|isa| isa.is_here()).unwrap_or(Self::Scalar)
+    }
+}
+
+/// A type of stored weights, keys or values.
+pub trait Element: Copy + Default + Send + Sync + 'static {
+    /// As f32, exactly.
+    fn widen(self) -> f32;
+    /// Rounded to the nearest, ties to even.
+    fn narrow(value: f32) -> Self;
+    /// Sixteen of them as f32.
+    ///
+    /// # Safety
+    /// `at` points to 16 values; the machine has AVX-512F.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn load512(at: *const Self) -> std::arch::x86_64::__m512;
+    /// Eight of them as f32.
+    ///
+    /// # Safety
+    /// `at` points to 8 values; the machine has AVX2 and F16C.
+    #[cfg(target_arch = "x86_64")]
+    unsafe fn load256(at: *const Self) -> std::arch::x86_64::__m256;
+}
+
+/// So many zeros, or `None` when there is no memory for them. Pages are taken as they are first written.
+pub fn zeroed<T: Element>(len: usize) -> Option<Vec<T>> {
+    let layout = std::alloc::Layout::array::<T>(len).ok()?;
+    if layout.size() == 0 {
+        return Some(Vec::new());
+    }
+    // SAFETY: the layout is not empty; it is that of a vector of `len` elements, all of whose bits may be zero (they are
+    // f32, f16 or bf16).
+    unsafe {
+        let data = std::alloc::alloc_zeroed(layout).cast::<T>();
+        (!data.is_null()).then(|| Vec::from_raw_parts(data, len, len))
+    }
+}
+
+/// Sixteen f32.
+pub(crate) trait Lanes: Copy {
+    /// Rows of a block of sums times vectors of its columns that fit the registers: 6 x 4, or else 3 x 1.
+    const WIDE: bool;
+    /// # Safety
+    /// As [`dispatch`] has made sure of: the instruction set is there. So for all of these.
+    unsafe fn splat(value: f32) -> Self;
+    /// # Safety
+    /// `at` points to 16 values.
+    unsafe fn load<T: Element>(at: *const T) -> Self;
+    /// # Safety
+    /// `at` points to room for 16 values.
+    unsafe fn store(self, at: *mut f32);
+    /// `self * b + c`, rounded once.
+    ///
+    /// # Safety
+    /// As above.
+    unsafe fn fma(self, b: Self, c: Self) -> Self;
+}
+
+/// Work that is compiled for every instruction set. `run` and all it calls must be `#[inline(always)]`, or the inner
+/// loops call functions for every vector.
+pub(crate) trait Kernel {
+    /// # Safety
+    /// The instruction set of `L` is there, and whatever the kernel itself asks for.
+    unsafe fn run<L: Lanes>(self);
+}
+
+/// Runs a kernel on an instruction set.
+///
+/// # Safety
+/// `isa` is there ([`Isa::is_here`]), and whatever the kernel itself asks for.
+pub(crate) unsafe fn dispatch<K: Kernel>(isa: Isa, kernel: K) {
+    // SAFETY: the caller's.
+    unsafe {
+        match isa {
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512 => x86::on_avx512(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx2 => x86::on_avx2(kernel),
+            _ => kernel.run::<[f32; LANES]>(),
+        }
+    }
+}
+
+impl Lanes for [f32; LANES] {
+    const WIDE: bool = false;
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        [value; LANES]
+    }
+    #[inline(always)]
+    unsafe fn load<T: Element>(at: *const T) -> Self {
+        // SAFETY: the caller's.
+        std::array::from_fn(|i| unsafe { (*at.add(i)).widen() })
+    }
+    #[inline(always)]
+    unsafe fn store(self, at: *mut f32) {
+        // SAFETY: the caller's.
+        unsafe { at.cast::<Self>().write_unaligned(self) }
+    }
+    #[inline(always)]
+    unsafe fn fma(self, b: Self, c: Self) -> Self {
+        std::array::from_fn(|i| self[i].mul_add(b[i], c[i]))
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{Element, Kernel, Lanes, bf16, f16};
+
+    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+    pub(super) unsafe fn on_avx512<K: Kernel>(kernel: K) {
+        // SAFETY: the caller's.
+        unsafe { kernel.run::<__m512>() }
+    }
+
+    #[target_feature(enable = "avx2,fma,f16c")]
+    pub(super) unsafe fn on_avx2<K: Kernel>(kernel: K) {
+        // SAFETY: the caller's.
+        unsafe { kernel.run::<[__m256; 2]>() }
+    }
+
+    impl Lanes for __m512 {
+        const WIDE: bool = true;
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            // SAFETY: AVX-512F is there.
+            unsafe { _mm512_set1_ps(value) }
+        }
+        #[inline(always)]
+        unsafe fn load<T: Element>(at: *const T) -> Self {
+            // SAFETY: the caller's.
+            unsafe { T::load512(at) }
+        }
+        #[inline(always)]
+        unsafe fn store(self, at: *mut f32) {
+            // SAFETY: the caller's.
+            unsafe { _mm512_storeu_ps(at, self) }
+        }
+        #[inline(always)]
+        unsafe fn fma(self, b: Self, c: Self) -> Self {
+            // SAFETY: AVX-512F is there.
+            unsafe { _mm512_fmadd_ps(self, b, c) }
+        }
+    }
+
+    impl Lanes for [__m256; 2] {
+        const WIDE: bool = false;
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            // SAFETY: AVX2 is there.
+            unsafe { [_mm256_set1_ps(value); 2] }
+        }
+        #[inline(always)]
+        unsafe fn load<T: Element>(at: *const T) -> Self {
+            // SAFETY: the caller's.
+            unsafe { [T::load256(at), T::load256(at.add(8))] }
+        }
+        #[inline(always)]
+        unsafe fn store(self, at: *mut f32) {
+            // SAFETY: the caller's.
+            unsafe {
+                _mm256_storeu_ps(at, self[0]);
+                _mm256_storeu_ps(at.add(8), self[1]);
+            }
+        }
+        #[inline(always)]
+        unsafe fn fma(self, b: Self, c: Self) -> Self {
+            // SAFETY: FMA is there.
+            unsafe { [_mm256_fmadd_ps(self[0], b[0], c[0]), _mm256_fmadd_ps(self[1], b[1], c[1])] }
+        }
+    }
+
+    impl Element for f32 {
+        #[inline(always)]
+        fn widen(self) -> f32 {
+            self
+        }
+        #[inline(always)]
+        fn narrow(value: f32) -> f32 {
+            value
+        }
+        #[inline(always)]
+        unsafe fn load512(at: *const f32) -> __m512 {
+            // SAFETY: the caller's.
+            unsafe { _mm512_loadu_ps(at) }
+        }
+        #[inline(always)]
+        unsafe fn load256(at: *const f32) -> __m256 {
+            // SAFETY: the caller's.
+            unsafe { _mm256_loadu_ps(at) }
+        }
+    }
+
+    impl Element for bf16 {
+        #[inline(always)]
+        fn widen(self) -> f32 {
+            // A bf16 is the upper half of an f32.
+            f32::from_bits(u32::from(self.to_bits()) << 16)
+        }
+        #[inline(always)]
+        fn narrow(value: f32) -> bf16 {
+            bf16::from_f32(value)
+        }
+        #[inline(always)]
+        unsafe fn load512(at: *const bf16) -> __m512 {
+            // SAFETY: the caller's.
+            unsafe {
+                let halves = _mm256_loadu_si256(at.cast());
+                _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(halves)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load256(at: *const bf16) -> __m256 {
+            // SAFETY: the caller's.
+            unsafe {
+                let halves = _mm_loadu_si128(at.cast());
+                _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(halves)))
+            }
+        }
+    }
+
+    impl Element for f16 {
+        #[inline(always)]
+        fn widen(self) -> f32 {
+            self.to_f32()
+        }
+        #[inline(always)]
+        fn narrow(value: f32) -> f16 {
+            f16::from_f32(value)
+        }
+        #[inline(always)]
+        unsafe fn load512(at: *const f16) -> __m512 {
+            // SAFETY: the caller's.
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(at.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn load256(at: *const f16) -> __m256 {
+            // SAFETY: the caller's.
+            unsafe { _mm256_cvtph_ps(_mm_loadu_si128(at.cast())) }
+        }
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+mod portable {
+    use super::{Element, bf16, f16};
+
+    macro_rules! element {
+        ($($type:ty: $widen:expr, $narrow:expr);*) => {$(
+            impl Element for $type {
+                #[inline(always)]
+                fn widen(self) -> f32 {
+                    $widen(self)
+                }
+                #[inline(always)]
+                fn narrow(value: f32) -> Self {
+                    $narrow(value)
+                }
+            }
+        )*};
+    }
+    element!(f32: |x| x, |x| x; bf16: bf16::to_f32, bf16::from_f32; f16: f16::to_f32, f16::from_f32);
+}
+
+#[cfg(test)]
+mod tests {
+    use std::hint::black_box;
+
+    use super::*;
+
+    struct Widen<'a, T>(&'a [T], &'a mut [f32]);
+
+    impl<T: Element> Kernel for Widen<'_, T> {
+        #[inline(always)]
+        unsafe fn run<L: Lanes>(self) {
+            assert_eq!(self.0.len(), self.1.len());
+            for i in (0..self.0.len()).step_by(LANES) {
+                // SAFETY: both have a multiple of 16 values.
+                unsafe { L::load(self.0.as_ptr().add(i)).store(self.1.as_mut_ptr().add(i)) };
+            }
+        }
+    }
+
+    /// Every finite and infinite half widens to the same bits on every instruction set.
+    fn check<T: Element>(all: &[T]) {
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
+            let mut wide = vec![0.0; all.len()];
+            // SAFETY: the instruction set is there.
+            unsafe { dispatch(isa, Widen(all, &mut wide)) };
+            let same = all.iter().zip(&wide).all(|(half, wide)| half.widen().to_bits() == wide.to_bits());
+            assert!(same, "{isa:?}");
+        }
+    }
+
+    #[test]
+    fn every_half_widens_alike() {
+        let bits = || (0..=u16::MAX).filter(|bits| !f16::from_bits(*bits).is_nan());
+        let mut halves: Vec<f16> = bits().map(f16::from_bits).collect();
+        halves.resize(halves.len().next_multiple_of(LANES), f16::ZERO);
+        check(&halves);
+        check(&(0..=u16::MAX).map(bf16::from_bits).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn too_many_zeros_are_refused() {
+        assert_eq!(zeroed::<f32>(1000).unwrap(), vec![0.0; 1000]);
+        assert!(zeroed::<bf16>(0).unwrap().is_empty());
+        // An allocation that nobody looks at may be taken for granted by the compiler.
+        assert!(black_box(zeroed::<f32>(1 << 60)).is_none() && black_box(zeroed::<f32>(usize::MAX)).is_none());
+    }
+
+    #[test]
+    fn names_are_read_back() {
+        assert!(Isa::ALL.into_iter().all(|isa| Isa::named(isa.name()) == Some(isa)));
+        assert_eq!(Isa::named("AVX"), None);
+        assert!(Isa::detect().is_here());
+    }
+}
