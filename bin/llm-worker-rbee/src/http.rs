@@ -5,12 +5,15 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use axum::extract::{Path, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
 use axum::{Json, Router};
+use bytes::Bytes;
+use futures::{Stream, StreamExt};
 use rbee_engine::Canceller;
 use rbee_service::{ApiError, Clock, Guard, JsonBytes, protect, sse};
+use rbee_wire::channel::CONTENT_TYPE;
 use rbee_wire::job::JobAccepted;
 use rbee_wire::view::InfoReply;
 use rbee_wire::worker::{InferenceRequest, ReadyReply, WorkerState};
@@ -18,7 +21,8 @@ use rbee_wire::{ErrorBody, ErrorCode, JobId, routes};
 use serde_json::{Value, json};
 
 use crate::backend::Loaded;
-use crate::inference::{self, Inference};
+use crate::channels::Channels;
+use crate::inference::{self, Framing, Inference};
 use crate::status::{Phase, Status};
 
 /// Inferences posted and not yet listened to, at most.
@@ -33,6 +37,7 @@ pub struct Api {
     status: Status,
     clock: Clock,
     live: Arc<Mutex<Live>>,
+    channels: Channels,
 }
 
 #[derive(Default)]
@@ -51,9 +56,10 @@ pub fn router(status: Status, clock: Clock) -> Router {
         .route(routes::INFERENCE, post(infer))
         .route(routes::INFERENCE_ONE, delete(cancel))
         .route(routes::INFERENCE_STREAM, get(listen))
+        .route(routes::CHANNEL, get(channel))
         .route(routes::TOKENIZE, post(tokenize))
         .route(routes::DRAIN, post(drain))
-        .with_state(Api { status, clock, live: Arc::default() });
+        .with_state(Api { status, clock, live: Arc::default(), channels: Channels::default() });
     protect(router, guard)
 }
 
@@ -98,20 +104,19 @@ impl Api {
         self.live.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The stream of an inference; its canceller is known until the stream ends.
-    fn stream(&self, inference: Inference) -> Response {
+    /// The events of an inference; its canceller is known until they end.
+    fn events(&self, inference: Inference, framing: Framing) -> impl Stream<Item = Bytes> + Send + use<> {
         let known = Known { api: self.clone(), job: inference.job_id.clone() };
-        let events = inference.into_stream();
-        sse::infallible(async_stream_with(events, known))
+        stream_with(inference.into_stream(framing), known)
+    }
+
+    fn stream(&self, inference: Inference) -> Response {
+        sse::infallible(self.events(inference, Framing::Sse))
     }
 }
 
 /// Keeps `guard` for as long as the stream lives.
-fn async_stream_with<S: futures::Stream + Send>(
-    stream: S,
-    guard: impl Send,
-) -> impl futures::Stream<Item = S::Item> + Send {
-    use futures::StreamExt;
+fn stream_with<S: Stream + Send>(stream: S, guard: impl Send) -> impl Stream<Item = S::Item> + Send {
     stream.map(move |item| {
         let _held = &guard;
         item
@@ -137,6 +142,7 @@ async fn infer(State(api): State<Api>, headers: HeaderMap, JsonBytes(body): Json
     })?;
     let loaded = api.serving()?;
     let job_id = request.job_id.clone();
+    let seat = request.channel.clone();
     if api.live().cancellers.contains_key(&job_id) {
         return Err(ErrorBody::new(ErrorCode::InvalidRequest, format!("job {job_id} runs here already")).into());
     }
@@ -151,6 +157,11 @@ async fn infer(State(api): State<Api>, headers: HeaderMap, JsonBytes(body): Json
         inference::begin(&status, loaded, request)?
     };
     api.live().cancellers.insert(job_id.clone(), inference.tokens.canceller());
+    let sse_url = routes::INFERENCE_STREAM.replace("{id}", job_id.as_str());
+    if let Some(seat) = seat {
+        api.channels.join(&seat.id, api.events(inference, Framing::Channel(seat.stream)).boxed())?;
+        return Ok((StatusCode::ACCEPTED, Json(JobAccepted { job_id, sse_url })).into_response());
+    }
     let streams = headers.get(header::ACCEPT).is_some_and(|accept| accept.as_bytes().starts_with(b"text/event-stream"));
     if streams {
         return Ok(api.stream(inference));
@@ -172,7 +183,6 @@ async fn infer(State(api): State<Api>, headers: HeaderMap, JsonBytes(body): Json
             live.cancellers.remove(&job_id);
         }
     });
-    let sse_url = routes::INFERENCE_STREAM.replace("{id}", job_id.as_str());
     Ok((StatusCode::ACCEPTED, Json(JobAccepted { job_id, sse_url })).into_response())
 }
 
@@ -184,6 +194,18 @@ fn unknown(id: &str) -> ErrorBody {
 async fn listen(State(api): State<Api>, Path(id): Path<String>) -> Result<Response, ApiError> {
     let parked = JobId::new(&id).ok().and_then(|job| api.live().parked.remove(&job));
     Ok(api.stream(parked.ok_or_else(|| unknown(&id))?))
+}
+
+async fn channel(State(api): State<Api>, Path(id): Path<String>) -> Result<Response, ApiError> {
+    let status = api.status.clone();
+    let ending = async move {
+        let mut changes = status.changes();
+        while !matches!(status.phase(), Phase::Draining(_) | Phase::Stopped) && changes.changed().await.is_ok() {}
+    };
+    let events = api.channels.open(&id, Box::pin(ending))?;
+    let mut response = sse::infallible(events);
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(CONTENT_TYPE));
+    Ok(response)
 }
 
 async fn cancel(State(api): State<Api>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {

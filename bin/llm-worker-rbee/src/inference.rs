@@ -12,10 +12,19 @@ use rbee_wire::event::{
 };
 use rbee_wire::job::Generation;
 use rbee_wire::worker::InferenceRequest;
-use rbee_wire::{ErrorBody, ErrorCode, JobId, ModelRef, WorkerId, sse};
+use rbee_wire::{ErrorBody, ErrorCode, JobId, ModelRef, WorkerId, channel, sse};
 
 use crate::backend::{Loaded, SamplingDefaults};
 use crate::status::Status;
+
+/// How events are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Framing {
+    /// As server-sent events with an end mark.
+    Sse,
+    /// As lines of this stream of a channel.
+    Channel(u64),
+}
 
 /// An accepted inference, ready to be streamed.
 pub struct Inference {
@@ -126,8 +135,8 @@ pub fn engine_error(error: &EngineError) -> ErrorBody {
 }
 
 impl Inference {
-    /// The encoded events, as many in one piece as have come, up to the end mark. Dropping it cancels.
-    pub fn into_stream(self) -> impl Stream<Item = Bytes> + Send {
+    /// The encoded events, as many in one piece as have come, up to the end. Dropping it cancels.
+    pub fn into_stream(self, framing: Framing) -> impl Stream<Item = Bytes> + Send {
         let Self { mut tokens, facts, .. } = self;
         let mut next_id = 0u64;
         let mut over = false;
@@ -144,11 +153,16 @@ impl Inference {
                 for event in facts.events(output) {
                     over |= event.is_end();
                     let json = serde_json::to_vec(&event).expect("wire types serialize to JSON");
-                    sse::write_event(&mut bytes, next_id, &json);
+                    match framing {
+                        Framing::Sse => sse::write_event(&mut bytes, next_id, &json),
+                        Framing::Channel(stream) => channel::write_line(&mut bytes, stream, &json),
+                    }
                     next_id += 1;
                 }
                 if over {
-                    sse::write_done(&mut bytes);
+                    if framing == Framing::Sse {
+                        sse::write_done(&mut bytes);
+                    }
                     facts.status.touch();
                 }
             }

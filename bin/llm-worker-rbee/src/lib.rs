@@ -11,6 +11,7 @@
 pub mod args;
 
 mod backend;
+mod channels;
 mod charge;
 mod heartbeat;
 mod http;

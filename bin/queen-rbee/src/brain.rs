@@ -11,6 +11,7 @@ use rbee_wire::view::{HiveView, JobState, WorkerView};
 use rbee_wire::{DeviceSpec, ErrorBody, ErrorCode, HiveId, JobId, ModelRef, WorkerId};
 use tokio::sync::{mpsc, oneshot};
 
+use crate::channel::Channel;
 use crate::hives::Hives;
 use crate::jobs::Jobs;
 use crate::relay::{Dispatch, relay};
@@ -123,7 +124,7 @@ pub struct Hands {
 impl BrainLoop {
     /// Runs until every [`Brain`] is gone, which is never while the queen lives.
     pub async fn run(mut self, mut scheduler: Scheduler, hands: Hands) {
-        let mut workers: HashMap<WorkerId, (String, WorkerClient)> = HashMap::new();
+        let mut workers: HashMap<WorkerId, (String, Arc<Channel>)> = HashMap::new();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -183,7 +184,7 @@ impl BrainLoop {
 }
 
 impl Hands {
-    fn carry_out(&self, effect: Effect, workers: &mut HashMap<WorkerId, (String, WorkerClient)>, now: Duration) {
+    fn carry_out(&self, effect: Effect, workers: &mut HashMap<WorkerId, (String, Arc<Channel>)>, now: Duration) {
         match effect {
             Effect::Dispatch { job, worker, url, bearer, model, why, .. } => {
                 let Some(job) = self.jobs.get(&job) else { return };
@@ -198,17 +199,17 @@ impl Hands {
                     facts.worker = Some(worker.clone());
                     facts.dispatched = Some(now);
                 }
-                // One client per worker's life, so that connections are kept.
+                // One channel per worker's life.
                 let life = format!("{url} {bearer}");
-                let client = match workers.get(&worker) {
-                    Some((known, client)) if *known == life => client.clone(),
+                let channel = match workers.get(&worker) {
+                    Some((known, channel)) if *known == life => Arc::clone(channel),
                     _ => {
-                        let client = WorkerClient::new(&url, bearer);
-                        workers.insert(worker.clone(), (life, client.clone()));
-                        client
+                        let channel = Arc::new(Channel::new(WorkerClient::new(&url, bearer)));
+                        workers.insert(worker.clone(), (life, Arc::clone(&channel)));
+                        channel
                     }
                 };
-                let dispatch = Dispatch { job, worker, model, why, client };
+                let dispatch = Dispatch { job, worker, model, why, channel };
                 tokio::spawn(relay(dispatch, self.jobs.clone(), self.brain.clone()));
             }
             Effect::Halt { job } => {

@@ -1,6 +1,6 @@
 //! The queen: job API, registry, scheduler and relay.
 //!
-//! [`http`] takes requests, [`brain`] has the one loop that owns the scheduler, [`relay`] carries a worker's stream into a
+//! [`http`] takes requests, [`brain`] has the one loop that owns the scheduler, [`channel`] reads a worker's events and [`relay`] carries them into a
 //! job's log, [`jobs`] keeps the logs, [`hives`] and [`ops`] do the rest. Start reading at [`run`].
 //!
 //! Invariants
@@ -11,6 +11,7 @@
 pub mod args;
 
 mod brain;
+mod channel;
 mod hives;
 mod http;
 mod jobs;

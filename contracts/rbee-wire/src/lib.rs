@@ -4,6 +4,7 @@
 //! operations, then [`event::Event`], what every job's stream is made of.
 
 pub mod body;
+pub mod channel;
 pub mod error;
 pub mod event;
 pub mod fields;

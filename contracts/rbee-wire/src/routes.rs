@@ -50,6 +50,8 @@ pub const INFERENCE: &str = "/v1/inference";
 pub const INFERENCE_ONE: &str = "/v1/inference/{id}";
 /// One inference's stream.
 pub const INFERENCE_STREAM: &str = "/v1/inference/{id}/stream";
+/// The events of all inferences that name this channel, on one connection.
+pub const CHANNEL: &str = "/v1/channels/{id}";
 /// Text to token ids.
 pub const TOKENIZE: &str = "/v1/tokenize";
 /// Finish and take nothing new.
@@ -95,6 +97,7 @@ pub const WORKER: &[Route] = &[
     route("POST", INFERENCE, "generate; with `Accept: text/event-stream` the stream is the answer"),
     route("GET", INFERENCE_STREAM, "the stream of a posted inference, once"),
     route("DELETE", INFERENCE_ONE, "cancel an inference"),
+    route("GET", CHANNEL, "the events of all inferences posted with this channel, a line `STREAM JSON` each"),
     route("POST", TOKENIZE, "token ids of a text"),
     route("POST", DRAIN, "finish and take nothing new"),
 ];

@@ -148,6 +148,18 @@ pub struct InferenceRequest {
     /// Go on exactly there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resume: Option<Resume>,
+    /// Send the events over this channel, which is open already.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub channel: Option<ChannelSeat>,
+}
+
+/// A stream of a channel.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ChannelSeat {
+    /// The channel.
+    pub id: String,
+    /// The number that its lines begin with; never used twice.
+    pub stream: u64,
 }
 
 /// Where an answer goes on.

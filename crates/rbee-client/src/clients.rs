@@ -9,6 +9,7 @@ use reqwest::Method;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
+use crate::channel::ChannelStream;
 use crate::error::ClientError;
 use crate::http::Http;
 use crate::stream::EventStream;
@@ -222,13 +223,21 @@ impl WorkerClient {
         Self(Http::new(url, Some(bearer)))
     }
 
-    /// Asks for text and gives its stream; dropping the stream cancels.
+    /// Opens a channel: a connection for the events of many inferences. Dropping it cancels those that still run.
     ///
     /// # Errors
     /// [`ClientError`]
-    pub async fn inference(&self, request: &InferenceRequest) -> Result<EventStream, ClientError> {
-        let request = self.0.request(Method::POST, routes::INFERENCE).header("accept", EVENT_STREAM).json(request);
-        Ok(EventStream::new(self.0.open(request).await?, self.0.base().to_owned()))
+    pub async fn channel(&self, id: &str) -> Result<ChannelStream, ClientError> {
+        let request = self.0.request(Method::GET, &with_id(routes::CHANNEL, id));
+        Ok(ChannelStream::new(self.0.open(request).await?, self.0.base().to_owned()))
+    }
+
+    /// Asks for text, whose events come over the request's channel.
+    ///
+    /// # Errors
+    /// [`ClientError`]
+    pub async fn infer(&self, request: &InferenceRequest) -> Result<JobAccepted, ClientError> {
+        self.0.post(routes::INFERENCE, request).await
     }
 
     /// Cancels an inference.

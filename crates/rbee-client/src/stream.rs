@@ -11,10 +11,10 @@ use reqwest::Response;
 use crate::error::ClientError;
 
 /// Largest event, in bytes: a prompt's worth of text is the largest thing an event can carry.
-const MAX_EVENT: usize = 4 << 20;
+pub(crate) const MAX_EVENT: usize = 4 << 20;
 
 /// Silence after which a stream counts as broken: two keep-alives missed.
-const IDLE: Duration = Duration::from_secs(30);
+pub(crate) const IDLE: Duration = Duration::from_secs(30);
 
 /// One event of a stream.
 #[derive(Clone, Debug)]
@@ -83,14 +83,6 @@ impl EventStream {
                 let problem = error.to_string();
                 return Some(Err(self.end(ClientError::Protocol { url: self.url.clone(), problem })));
             }
-        }
-    }
-
-    /// Frames that have come already and can be taken without waiting.
-    pub fn ready_frame(&mut self) -> Option<Frame> {
-        match self.ready.front() {
-            Some(frame) if frame.data != DONE.as_bytes() => self.ready.pop_front(),
-            _ => None,
         }
     }
 

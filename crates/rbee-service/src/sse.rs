@@ -24,7 +24,8 @@ where
     S: Stream<Item = Result<Bytes, E>> + Send + 'static,
     E: Into<axum::BoxError> + 'static,
 {
-    let body = SseBody { events: Box::pin(events), timer: Box::pin(tokio::time::sleep(KEEP_ALIVE_EVERY)) };
+    let now = Instant::now();
+    let body = SseBody { events: Box::pin(events), timer: Box::pin(tokio::time::sleep(KEEP_ALIVE_EVERY)), sent: now };
     let mut response = Response::new(Body::new(body));
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static(CONTENT_TYPE));
@@ -41,7 +42,10 @@ pub fn infallible(events: impl Stream<Item = Bytes> + Send + 'static) -> Respons
 
 struct SseBody<S> {
     events: Pin<Box<S>>,
+    /// Moved on when it fires, not with every event: that would cost more than the event.
     timer: Pin<Box<Sleep>>,
+    /// When something was sent last.
+    sent: Instant,
 }
 
 impl<S, E> http_body::Body for SseBody<S>
@@ -53,16 +57,20 @@ where
 
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, E>>> {
         if let Poll::Ready(item) = self.events.as_mut().poll_next(cx) {
-            self.timer.as_mut().reset(Instant::now() + KEEP_ALIVE_EVERY);
+            self.sent = Instant::now();
             return Poll::Ready(item.map(|item| item.map(Frame::data)));
         }
-        match self.timer.as_mut().poll(cx) {
-            Poll::Pending => Poll::Pending,
-            Poll::Ready(()) => {
-                self.timer.as_mut().reset(Instant::now() + KEEP_ALIVE_EVERY);
-                Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(KEEP_ALIVE)))))
+        while self.timer.as_mut().poll(cx).is_ready() {
+            let now = Instant::now();
+            let due = self.sent + KEEP_ALIVE_EVERY;
+            if now >= due {
+                self.sent = now;
+                self.timer.as_mut().reset(now + KEEP_ALIVE_EVERY);
+                return Poll::Ready(Some(Ok(Frame::data(Bytes::from_static(KEEP_ALIVE)))));
             }
+            self.timer.as_mut().reset(due);
         }
+        Poll::Pending
     }
 }
 

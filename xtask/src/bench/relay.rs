@@ -186,6 +186,7 @@ fn straight_talks(workers: &[HandWorker], enough: &Arc<AtomicBool>) -> Vec<Talk>
                     ..Generation::default()
                 },
                 resume: None,
+                channel: None,
             };
             let bearer = format!("Bearer {}", worker.http.bearer.as_deref().unwrap_or_default());
             let request = post(routes::INFERENCE, &json!(body))
