@@ -110,7 +110,7 @@ pub async fn serve(listener: TcpListener, router: Router, limits: ServeLimits, s
             let _place = place;
             let _ = socket.set_nodelay(true);
             let mut builder = http1::Builder::new();
-            builder.timer(TokioTimer::new()).header_read_timeout(limits.header);
+            builder.timer(TokioTimer::new()).header_read_timeout(limits.header).writev(false);
             let connection = builder.serve_connection(TokioIo::new(Unstalled::new(socket, limits.stalled)), service);
             let mut connection = std::pin::pin!(connection);
             // Ends of clients are not faults; what matters of them is in the handlers' own logs.

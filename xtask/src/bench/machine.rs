@@ -3,6 +3,8 @@
 use std::fs;
 use std::time::Duration;
 
+use anyhow::{Context, Result};
+
 /// Time that all processors together were busy, and that others took from this machine.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Busy {
@@ -47,4 +49,11 @@ pub(super) fn describe() -> String {
     let text = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let model = text.lines().find_map(|line| line.strip_prefix("model name")?.split_once(": ").map(|(_, name)| name));
     format!("{}, {} cores", model.unwrap_or("unknown processor").trim(), cores())
+}
+
+/// Time that the calling thread has been on a processor.
+pub(super) fn thread_cpu() -> Result<Duration> {
+    let text = fs::read_to_string("/proc/thread-self/schedstat")?;
+    let nanoseconds = text.split_whitespace().next().context("an empty schedstat")?;
+    Ok(Duration::from_nanos(nanoseconds.parse()?))
 }

@@ -3,6 +3,9 @@
 //! Simulated workers give every stream a token at a fixed pace. Most streams go through the queen; a few go straight
 //! to each worker and sit in the same batches, so that a step's tokens leave the worker at one time and their
 //! arrivals can be compared within that step. Every token of every stream is checked against the hash it must be.
+//!
+//! Beside it, what the same number of bare writes cost here: each token is one write to a connection of its own, and no
+//! relay is cheaper than that.
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -88,14 +91,15 @@ pub(super) fn run(plan: &Plan) -> Result<()> {
     );
     println!();
     println!(
-        "| round | token events, each checked | relay CPU us/event | KiB/stream | straight p50/p99 ms \
+        "| round | token events, each checked | relay CPU us/event | bare write us | KiB/stream | straight p50/p99 ms \
          | relayed p50/p99 ms | added p50/p99 ms | other work on the machine |"
     );
-    println!("|---|---|---|---|---|---|---|---|");
+    println!("|---|---|---|---|---|---|---|---|---|");
     for round in 1..=plan.rounds {
         let f = measure(plan)?;
+        let bare = bare_write(plan.streams)?;
         println!(
-            "| {round} | {} | {:.1} | {:.1} | {:.2} / {:.2} | {:.2} / {:.2} | {:.2} / {:.2} | {:.0} % |",
+            "| {round} | {} | {:.1} | {bare:.1} | {:.1} | {:.2} / {:.2} | {:.2} / {:.2} | {:.2} / {:.2} | {:.0} % |",
             f.events,
             f.cpu_us,
             f.bytes / 1024.0,
@@ -157,6 +161,56 @@ fn measure(plan: &Plan) -> Result<Figures> {
         relayed: both(&relayed),
         foreign,
     })
+}
+
+/// CPU microseconds of one write to a connection whose reader waits, over so many connections in bursts as a step's
+/// tokens come.
+fn bare_write(connections: usize) -> Result<f64> {
+    const ROUNDS: usize = 20;
+    const BURST: usize = 50;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let address = listener.local_addr()?;
+    let mut writers = Vec::new();
+    let mut readers = Vec::new();
+    for _ in 0..connections {
+        let writer = std::net::TcpStream::connect(address)?;
+        writer.set_nodelay(true)?;
+        writers.push(writer);
+        let (reader, _) = listener.accept()?;
+        reader.set_nonblocking(true)?;
+        readers.push(reader);
+    }
+    let reading = std::thread::spawn(move || -> Result<()> {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        runtime.block_on(async {
+            let mut tasks = Vec::new();
+            for reader in readers {
+                let mut reader = TcpStream::from_std(reader)?;
+                tasks.push(tokio::spawn(async move {
+                    let mut buffer = [0; 4096];
+                    while reader.read(&mut buffer).await.is_ok_and(|count| count > 0) {}
+                }));
+            }
+            for task in tasks {
+                task.await?;
+            }
+            Ok(())
+        })
+    });
+    let event = [b'x'; 120];
+    let before = machine::thread_cpu()?;
+    for _ in 0..ROUNDS {
+        for burst in writers.chunks_mut(BURST) {
+            for writer in burst {
+                std::io::Write::write_all(writer, &event)?;
+            }
+            std::thread::sleep(Duration::from_millis(200) * BURST as u32 / connections as u32);
+        }
+    }
+    let spent = machine::thread_cpu()? - before;
+    drop(writers);
+    reading.join().map_err(|_| anyhow::anyhow!("the readers panicked"))??;
+    Ok(spent.as_secs_f64() * 1e6 / (ROUNDS * connections) as f64)
 }
 
 fn infer(prompt: &str, tokens: usize) -> Value {
