@@ -2,6 +2,7 @@
 
 mod bench;
 mod gen_docs;
+mod gen_models;
 mod tidy;
 
 use std::path::{Path, PathBuf};

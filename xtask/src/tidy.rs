@@ -37,7 +37,7 @@ const EDGES: &[(&str, &[&str])] = &[
         ],
     ),
     ("rbee-e2e", &["rbee-wire", "rbee-client", "rbee-config", "rbee-engine", "rbee-testkit"]),
-    ("xtask", &["rbee-wire", "rbee-client", "rbee-config", "rbee-keeper", "rbee-testkit"]),
+    ("xtask", &["rbee-wire", "rbee-client", "rbee-config", "rbee-keeper", "rbee-testkit", "rbee-weights"]),
 ];
 
 /// Which crates may use a kind of external crate, by the start of its name.

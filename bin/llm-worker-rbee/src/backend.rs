@@ -133,6 +133,7 @@ fn warm_up(engine: &mut Engine, text: &dyn TextSide) -> Result<(), ErrorBody> {
         ignore_eos: true,
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
         logprobs: None,
+        tenant: [0; 16],
         choices: vec![Choice { text: text.output(&[], false)?, resume: Vec::new() }],
     };
     let corrupt = |why: &dyn std::fmt::Display| {

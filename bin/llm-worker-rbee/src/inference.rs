@@ -8,7 +8,7 @@ use futures::Stream;
 use rbee_engine::{Choice, EngineError, Finish, Output, Overloaded, Request, Sampling, TokenStream};
 use rbee_service::random_hex;
 use rbee_wire::event::{
-    ChoiceEnd, Done, Event, FinishReason, NoteLevel, Started, Token, TokenLogprobs, TopLogprob, Usage,
+    ChoiceEnd, Done, Event, FinishReason, NoteLevel, Started, Timings, Token, TokenLogprobs, TopLogprob, Usage,
 };
 use rbee_wire::job::Generation;
 use rbee_wire::worker::InferenceRequest;
@@ -86,6 +86,8 @@ pub fn begin(status: &Status, loaded: Arc<Loaded>, request: InferenceRequest) ->
         ignore_eos: generation.ignore_eos.unwrap_or(false),
         sampling: sampling(&generation, loaded.text.defaults(), seed),
         logprobs,
+        // One owner until there are keys.
+        tenant: [0; 16],
         choices: outputs,
     };
     let tokens = loaded.engine.submit(request).map_err(|error| engine_error(&EngineError::Overloaded(error)))?;
@@ -150,7 +152,11 @@ impl Inference {
                     // The engine ends every stream with a terminal output; this is the answer if it ever did not.
                     Poll::Ready(None) => Output::Failed(EngineError::Internal("the engine is gone".into())),
                 };
-                for event in facts.events(output) {
+                for mut event in facts.events(output) {
+                    if let Event::Done(done) = &mut event {
+                        let decode_ms = tokens.decode_time().as_secs_f64() * 1e3;
+                        done.timings = Some(Timings { decode_ms, ..Timings::default() });
+                    }
                     over |= event.is_end();
                     let json = serde_json::to_vec(&event).expect("wire types serialize to JSON");
                     match framing {

@@ -16,6 +16,7 @@ mod charge;
 mod heartbeat;
 mod http;
 mod inference;
+mod memory;
 mod status;
 
 use std::net::SocketAddr;
@@ -128,7 +129,7 @@ async fn serve_model(
     let outcome = match loaded {
         Ok(loaded) => {
             let loaded = Arc::new(loaded);
-            let memory = rbee_wire::worker::WorkerMemory { total: status::resident(), ..loaded.facts.memory };
+            let memory = rbee_wire::worker::WorkerMemory { total: memory::resident(), ..loaded.facts.memory };
             status.set(Phase::Serving(Arc::clone(&loaded)));
             tracing::info!(model = %status.model(), weights = memory.weights, kv = memory.kv, "ready");
             tell(ControlUp::Ready { memory });

@@ -9,6 +9,7 @@ use rbee_wire::worker::{LoadProgress, UsedOf, WorkerCharge, WorkerHeartbeat, Wor
 use tokio::sync::watch;
 
 use crate::backend::{Facts, Loaded};
+use crate::memory;
 
 /// How far the worker's life is.
 #[derive(Clone)]
@@ -168,7 +169,7 @@ impl Status {
             model: charge.model.clone(),
             fingerprint,
             device: charge.device.clone(),
-            memory: WorkerMemory { total: resident(), ..memory },
+            memory: WorkerMemory { total: memory::resident(), ..memory },
             slots: loaded.as_ref().map(|loaded| slots(&loaded.engine)).unwrap_or_default(),
             queue: stats.waiting as u64,
             kv_blocks: UsedOf { total: stats.kv_blocks_total as u64, used: stats.kv_blocks_used as u64 },
@@ -191,13 +192,4 @@ fn slots(engine: &EngineHandle) -> UsedOf {
     let stats = engine.stats();
     let total = stats.slots_total as u64;
     UsedOf { total, used: ((stats.slots_used + stats.waiting) as u64).min(total) }
-}
-
-/// Resident bytes of this process, from `/proc/self/statm`.
-pub fn resident() -> u64 {
-    let pages = std::fs::read_to_string("/proc/self/statm")
-        .ok()
-        .and_then(|text| text.split_whitespace().nth(1)?.parse::<u64>().ok())
-        .unwrap_or(0);
-    pages * 4096
 }

@@ -90,19 +90,23 @@ impl Job {
         }
     }
 
-    /// Where the time went until now.
-    fn timings(&self, facts: &Facts, now: Duration) -> Timings {
+    /// Where the time went until now; `decode` is from the first token to the last as the worker's engine computed them:
+    /// events that come here together were not made together.
+    fn timings(&self, facts: &Facts, now: Duration, decode: Option<f64>) -> Timings {
         let ms = |span: Duration| span.as_secs_f64() * 1e3;
         let before = facts.dispatched.unwrap_or(now).saturating_sub(self.posted);
-        let decode = facts.last_token.unwrap_or(now).saturating_sub(facts.first_token.unwrap_or(now));
-        let seconds = decode.as_secs_f64();
+        let last = facts.last_token.unwrap_or(now);
+        let worked = facts.dispatched.map_or(0.0, |from| ms(last.saturating_sub(from)));
+        let heard = ms(last.saturating_sub(facts.first_token.unwrap_or(now)));
+        let decode_ms = decode.filter(|decode| (0.0..=worked).contains(decode)).unwrap_or(heard);
+        let after_first = facts.tokens.saturating_sub(1) as f64;
         Timings {
             queue_ms: ms(before.saturating_sub(facts.load)),
             load_ms: ms(facts.load),
-            prefill_ms: facts.dispatched.zip(facts.first_token).map_or(0.0, |(from, to)| ms(to.saturating_sub(from))),
-            decode_ms: ms(decode),
+            prefill_ms: if facts.first_token.is_some() { worked - decode_ms } else { 0.0 },
+            decode_ms,
             total_ms: ms(now.saturating_sub(self.posted)),
-            tokens_per_s: if seconds > 0.0 { facts.tokens.saturating_sub(1) as f64 / seconds } else { 0.0 },
+            tokens_per_s: if decode_ms > 0.0 { after_first * 1e3 / decode_ms } else { 0.0 },
         }
     }
 
@@ -111,7 +115,8 @@ impl Job {
         let mut facts = self.facts();
         let generated = self.request.operation() == Operation::Infer;
         if generated {
-            done.timings = Some(self.timings(&facts, now));
+            let decode = done.timings.map(|timings| timings.decode_ms);
+            done.timings = Some(self.timings(&facts, now, decode));
         }
         let cancelled = done.cancelled();
         let (usage, timings) = (done.usage, done.timings);
@@ -147,7 +152,7 @@ impl Job {
         let mut facts = self.facts();
         if self.log.push(&Event::Error(error.clone())).is_some() {
             facts.state = JobState::Failed;
-            facts.timings = Some(self.timings(&facts, now));
+            facts.timings = Some(self.timings(&facts, now, None));
             facts.error = Some(error);
             facts.ended = Some(now);
         }

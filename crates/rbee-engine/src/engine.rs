@@ -1,8 +1,10 @@
 //! The engine as a value: requests in, [`Engine::step`] by step, outputs out.
 //!
-//! A request becomes one sequence per choice. Sequences wait in one FIFO queue until a slot and all the
-//! KV blocks they can ever need are free; from then on they run, and new ones join the running batch at
-//! any step. A request ends in one place, `Engine::end`, which takes it out of the table of requests
+//! A request becomes one sequence per choice. Sequences wait in one FIFO queue until there are a slot and
+//! KV blocks for their tokens; from then on they run and take further blocks as they grow, and new ones join the
+//! running batch at any step. When there is no block left, the sequence that was admitted last gives its blocks up and
+//! waits to be computed again: its tokens are the same then, as a draw depends on seed, choice and position alone. The
+//! oldest is never preempted while another runs, so there is always progress. A request ends in one place, `Engine::end`, which takes it out of the table of requests
 //! first: that is why its terminal output cannot come twice.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -10,7 +12,7 @@ use std::sync::Arc;
 
 use crate::error::{EngineError, Overloaded};
 use crate::gate::{Gate, Permit};
-use crate::kv::block_pool::BlockPool;
+use crate::kv::block_pool::{BlockPool, Root};
 use crate::request::{Finish, Output, Request, RequestId, Spec};
 use crate::runner::{Chunk, Logits, LogitsWanted, ModelLimits, ModelRunner, RunnerError, StepBatch};
 use crate::sampling::Sampler;
@@ -46,6 +48,14 @@ pub struct EngineStats {
     pub kv_blocks_total: usize,
     /// KV blocks that sequences have.
     pub kv_blocks_used: usize,
+    /// KV blocks that no sequence has, kept for prompts that begin alike.
+    pub kv_blocks_cached: usize,
+    /// Given tokens of all admissions since the start.
+    pub prefix_queries: u64,
+    /// Those of them whose KV was there.
+    pub prefix_hits: u64,
+    /// Sequences that had to give their blocks up, since the start.
+    pub preemptions: u64,
     /// The runner's units of work done; filled in by the handle.
     pub steps: u64,
     /// Given tokens computed since the start.
@@ -66,6 +76,8 @@ struct Live {
     completion_tokens: usize,
     prefilled: usize,
     to_prefill: usize,
+    /// Of the first choice's prompt.
+    cached_tokens: usize,
     permit: Permit,
 }
 
@@ -89,6 +101,9 @@ pub struct Engine {
     last_request: u64,
     prompt_tokens: u64,
     generated_tokens: u64,
+    prefix_queries: u64,
+    prefix_hits: u64,
+    preemptions: u64,
     failed: bool,
     plan: Vec<Planned>,
     logits: Logits,
@@ -126,6 +141,9 @@ impl Engine {
             last_request: 0,
             prompt_tokens: 0,
             generated_tokens: 0,
+            prefix_queries: 0,
+            prefix_hits: 0,
+            preemptions: 0,
             failed: false,
             plan: Vec::new(),
             logits: Logits::default(),
@@ -164,6 +182,7 @@ impl Engine {
         }
         let spec = Arc::new(request.spec(&self.limits)?);
         let id = RequestId(self.last_request + 1);
+        let root = Root { tenant: request.tenant, regime: self.runner.regime(request.prompt.len()) };
         let mut live = Live {
             spec: Arc::clone(&spec),
             finish: Vec::with_capacity(request.choices.len()),
@@ -172,11 +191,12 @@ impl Engine {
             completion_tokens: 0,
             prefilled: 0,
             to_prefill: 0,
+            cached_tokens: 0,
             permit,
         };
         let mut sequences = Vec::with_capacity(request.choices.len());
         for (number, choice) in (0..).zip(request.choices) {
-            let sequence = Sequence::new(id, number, &spec, &request.prompt, &choice.resume, choice.text)?;
+            let sequence = Sequence::new(id, number, root, &spec, &request.prompt, &choice.resume, choice.text)?;
             live.completion_tokens += sequence.output_tokens();
             live.finish.push(sequence.finish());
             if sequence.finish().is_none() {
@@ -225,6 +245,10 @@ impl Engine {
             waiting: self.waiting.len(),
             kv_blocks_total: self.pool.total(),
             kv_blocks_used: self.pool.used(),
+            kv_blocks_cached: self.pool.cached(),
+            prefix_queries: self.prefix_queries,
+            prefix_hits: self.prefix_hits,
+            preemptions: self.preemptions,
             steps: 0,
             prompt_tokens: self.prompt_tokens,
             generated_tokens: self.generated_tokens,
@@ -236,7 +260,13 @@ impl Engine {
     pub fn step(&mut self, outputs: &mut Vec<(RequestId, Output)>) {
         outputs.append(&mut self.pending);
         self.admit(outputs);
-        schedule::plan(&self.running, self.budget, self.config.prefill_chunk, &mut self.plan);
+        loop {
+            schedule::plan(&self.running, self.budget, self.config.prefill_chunk, &mut self.plan);
+            if self.grow() {
+                break;
+            }
+            self.preempt();
+        }
         if self.plan.is_empty() {
             return;
         }
@@ -255,19 +285,48 @@ impl Engine {
         }
     }
 
-    /// Moves waiting sequences, in order, to free slots with all the blocks they will need.
+    /// Moves waiting sequences, in order, to free slots with blocks for all their tokens.
     fn admit(&mut self, outputs: &mut Vec<(RequestId, Output)>) {
+        let mut next = 0;
         while self.running.len() < self.config.slots
-            && let Some(mut sequence) = self.waiting.pop_front()
+            && let Some(sequence) = self.waiting.get_mut(next)
         {
-            let Some(blocks) = self.pool.reserve(sequence.positions().div_ceil(self.limits.block_size)) else {
-                self.waiting.push_front(sequence);
-                return;
-            };
-            sequence.admit(blocks);
+            // What another answer to the same prompt is computing need not be computed twice.
+            if self.running.iter().any(|other| other.request == sequence.request && other.shares_with(sequence)) {
+                next += 1;
+                continue;
+            }
+            let Some(cached) = sequence.admit(&self.pool, self.limits.block_size) else { return };
+            let Some(sequence) = self.waiting.remove(next) else { return };
+            let live = self.live.get_mut(&sequence.request).expect("a waiting sequence belongs to a live request");
+            if !sequence.recomputes {
+                self.prefix_queries += sequence.given_tokens() as u64;
+                self.prefix_hits += cached as u64;
+                live.prefilled += cached;
+                if !live.started {
+                    live.cached_tokens = cached.min(live.spec.prompt_tokens);
+                }
+            }
             self.start(sequence.request, outputs);
             self.running.push(sequence);
         }
+    }
+
+    /// Takes the blocks that the plan needs; false when there are too few.
+    fn grow(&mut self) -> bool {
+        let size = self.limits.block_size;
+        // The oldest first: they are the last to be preempted.
+        let mut plan: Vec<&Planned> = self.plan.iter().collect();
+        plan.sort_by_key(|planned| planned.sequence);
+        plan.into_iter().all(|planned| self.running[planned.sequence].grow(planned.count, size))
+    }
+
+    /// The sequence that was admitted last waits again, before all others.
+    fn preempt(&mut self) {
+        let mut sequence = self.running.pop().expect("one that is alone finds blocks: the KV holds a whole context");
+        sequence.preempt();
+        self.preemptions += 1;
+        self.waiting.push_front(sequence);
     }
 
     /// One forward pass over the plan.
@@ -275,9 +334,9 @@ impl Engine {
         let chunk = |planned: &Planned| {
             let sequence = &self.running[planned.sequence];
             let (tokens, start) = sequence.chunk(planned.count);
-            let blocks = sequence.blocks().expect("a running sequence was admitted with its blocks").ids();
+            let blocks = sequence.blocks();
             let covering = (start + tokens.len()).div_ceil(self.limits.block_size);
-            Chunk { tokens, start, blocks: &blocks[..covering], logits: planned.logits }
+            Chunk { tokens, start, blocks: &blocks[..covering], regime: sequence.root.regime, logits: planned.logits }
         };
         let batch = StepBatch { chunks: self.plan.iter().map(chunk).collect() };
         self.runner.step(&batch, &mut self.logits)?;
@@ -298,8 +357,8 @@ impl Engine {
             let live = self.live.get_mut(&id).expect("a running sequence belongs to a live request");
             let was_decoding = sequence.is_decoding();
             sequence.last_step = self.steps;
-            sequence.advance(planned.count);
-            if !was_decoding {
+            sequence.advance(planned.count, self.limits.block_size);
+            if !was_decoding && !sequence.recomputes {
                 self.prompt_tokens += planned.count as u64;
                 live.prefilled += planned.count;
                 outputs.push((id, Output::Prefill { done: live.prefilled, total: live.to_prefill }));
@@ -376,7 +435,7 @@ impl Engine {
         {
             live.started = true;
             let prompt_tokens = live.spec.prompt_tokens;
-            outputs.push((id, Output::Started { prompt_tokens, cached_tokens: 0 }));
+            outputs.push((id, Output::Started { prompt_tokens, cached_tokens: live.cached_tokens }));
         }
     }
 
@@ -393,7 +452,7 @@ impl Engine {
                 finish: live.finish.into_iter().map(|finish| finish.unwrap_or(Finish::Cancelled)).collect(),
                 prompt_tokens: live.spec.prompt_tokens,
                 completion_tokens: live.completion_tokens,
-                cached_tokens: 0,
+                cached_tokens: live.cached_tokens,
             },
         };
         outputs.push((id, output));

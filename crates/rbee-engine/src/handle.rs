@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, TryRecvError, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
+use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc::{self, OwnedPermit, error::TrySendError};
 use tokio::sync::watch;
@@ -90,18 +91,21 @@ struct Submission {
     sink: Sink,
 }
 
+/// An output and when the step that gave it was over; no time for ends that no step gave.
+type Timed = (Option<Instant>, Output);
+
 /// The engine's end of a stream.
 struct Sink {
-    outputs: mpsc::Sender<Output>,
+    outputs: mpsc::Sender<Timed>,
     /// The place of the terminal output; taken when it is sent.
-    terminal: Option<OwnedPermit<Output>>,
+    terminal: Option<OwnedPermit<Timed>>,
     cancelled: Arc<AtomicBool>,
 }
 
 impl Sink {
     fn end(mut self, output: Output) {
         if let Some(place) = self.terminal.take() {
-            place.send(output);
+            place.send((None, output));
         }
     }
 }
@@ -109,15 +113,17 @@ impl Sink {
 impl Drop for Sink {
     fn drop(&mut self) {
         if let Some(place) = self.terminal.take() {
-            place.send(Output::Failed(EngineError::Internal("the engine is gone".into())));
+            place.send((None, Output::Failed(EngineError::Internal("the engine is gone".into()))));
         }
     }
 }
 
 /// The outputs of one request. Dropping it cancels the request.
 pub struct TokenStream {
-    outputs: mpsc::Receiver<Output>,
+    outputs: mpsc::Receiver<Timed>,
     ended: bool,
+    /// When the first and the last of the tokens that were read were computed.
+    computed: Option<(Instant, Instant)>,
     canceller: Canceller,
 }
 
@@ -151,9 +157,18 @@ impl TokenStream {
         self.outputs.poll_recv(context).map(|output| self.note(output))
     }
 
-    fn note(&mut self, output: Option<Output>) -> Option<Output> {
-        self.ended |= output.as_ref().is_none_or(Output::is_terminal);
-        output
+    fn note(&mut self, timed: Option<Timed>) -> Option<Output> {
+        self.ended |= timed.as_ref().is_none_or(|(_, output)| output.is_terminal());
+        let (at, output) = timed?;
+        if let (Some(at), Output::Token { .. }) = (at, &output) {
+            self.computed = Some((self.computed.map_or(at, |(first, _)| first), at));
+        }
+        Some(output)
+    }
+
+    /// From the first to the last of the tokens that were read, as the engine computed them, however late they were read.
+    pub fn decode_time(&self) -> Duration {
+        self.computed.map_or(Duration::ZERO, |(first, last)| last - first)
     }
 
     /// A way to cancel while somebody else reads.
@@ -212,7 +227,7 @@ impl EngineHandle {
             Canceller { cancelled: Arc::default(), wake: self.published.wake.clone(), commands: self.commands.clone() };
         let sink = Sink { outputs: sender, terminal: Some(terminal), cancelled: Arc::clone(&canceller.cancelled) };
         match self.commands.try_send(Command::Submit(Box::new(Submission { request, permit, sink }))) {
-            Ok(()) => Ok(TokenStream { outputs, ended: false, canceller }),
+            Ok(()) => Ok(TokenStream { outputs, ended: false, computed: None, canceller }),
             Err(std::sync::mpsc::TrySendError::Disconnected(_)) if self.is_dead() => Err(Overloaded::Dead),
             Err(std::sync::mpsc::TrySendError::Disconnected(_)) => Err(Overloaded::Draining),
             Err(std::sync::mpsc::TrySendError::Full(_)) => {
@@ -372,14 +387,16 @@ impl EngineThread {
         }
     }
 
+    #[expect(clippy::disallowed_methods, reason = "outputs are timed where the engine is not pure any more")]
     fn deliver(&mut self) {
+        let now = Instant::now();
         for (id, output) in self.outputs.drain(..) {
             // A request without a sink has been told its end already.
             let Some(sink) = self.sinks.get(&id) else { continue };
             let last = if output.is_terminal() {
                 output
             } else {
-                match sink.outputs.try_send(output) {
+                match sink.outputs.try_send((Some(now), output)) {
                     Ok(()) => continue,
                     // A token is lost: nothing but a failure may follow.
                     Err(TrySendError::Full(_)) => {
@@ -429,7 +446,7 @@ mod tests {
         let (sender, mut outputs) = mpsc::channel(2);
         let terminal = sender.clone().try_reserve_owned().ok();
         drop(Sink { outputs: sender, terminal, cancelled: Arc::default() });
-        let last = outputs.try_recv().unwrap();
+        let (_, last) = outputs.try_recv().unwrap();
         assert!(matches!(last, Output::Failed(EngineError::Internal(_))), "{last:?}");
         assert!(outputs.try_recv().is_err());
     }

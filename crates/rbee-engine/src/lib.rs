@@ -32,5 +32,5 @@ pub use engine::{Engine, EngineConfig, EngineStats};
 pub use error::{EngineError, Overloaded};
 pub use handle::{Canceller, Ended, EngineHandle, TokenStream};
 pub use request::{Choice, Finish, Output, OutputText, Pushed, Request, RequestId, TokenLogprobs};
-pub use runner::{ModelLimits, ModelRunner, RunnerError, StepCounter, TokenId};
+pub use runner::{ModelLimits, ModelRunner, Regime, RunnerError, StepCounter, TokenId};
 pub use sampling::Sampling;

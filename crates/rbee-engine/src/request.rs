@@ -58,6 +58,8 @@ pub struct Request {
     pub sampling: Sampling,
     /// Log-probabilities: `None` for none, else the chosen token's and so many of the most likely (0 to 20).
     pub logprobs: Option<usize>,
+    /// Whose request it is: prompts share KV blocks only within one tenant.
+    pub tenant: [u8; 16],
     /// The answers wanted, at least one.
     pub choices: Vec<Choice>,
 }

@@ -37,8 +37,21 @@ pub struct Chunk<'a> {
     pub start: usize,
     /// The sequence's blocks in order, covering at least `start + tokens.len()` positions.
     pub blocks: &'a [BlockId],
+    /// The sequence's regime; the same in all its chunks.
+    pub regime: Regime,
     /// Whether the last token's logits are wanted (a prefill chunk that is not the last wants none).
     pub logits: LogitsWanted,
+}
+
+/// What a model computes differently for long texts. It is fixed from the prompt when a request comes, so that a text does not
+/// depend on when it was computed; KV of one regime means nothing in the other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Regime {
+    /// As most models always are.
+    #[default]
+    Usual,
+    /// The prompt is beyond the length that the model was first made for.
+    Long,
 }
 
 /// Which rows of a chunk go through the output head.
@@ -108,6 +121,12 @@ pub enum RunnerError {
 pub trait ModelRunner: Send {
     /// What this model can take.
     fn limits(&self) -> &ModelLimits;
+
+    /// The regime of a text whose prompt has so many tokens.
+    fn regime(&self, prompt: usize) -> Regime {
+        let _ = prompt;
+        Regime::Usual
+    }
 
     /// Runs one forward pass: writes the K and V of every token of every chunk into its block, then
     /// leaves one logits row per chunk that wants it in `logits` (which it resizes).

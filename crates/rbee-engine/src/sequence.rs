@@ -9,15 +9,16 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::error::EngineError;
-use crate::kv::block_pool::Blocks;
+use crate::kv::block_pool::{Before, BlockPool, Blocks, Root};
 use crate::logits::History;
 use crate::request::{Finish, OutputText, RequestId, Spec, TokenLogprobs};
-use crate::runner::TokenId;
+use crate::runner::{BlockId, TokenId};
 use crate::sampling::{Draw, Sampler};
 
 pub(crate) struct Sequence {
     pub(crate) request: RequestId,
     pub(crate) choice: u32,
+    pub(crate) root: Root,
     spec: Arc<Spec>,
     /// Prompt and output.
     tokens: Vec<TokenId>,
@@ -25,8 +26,12 @@ pub(crate) struct Sequence {
     computed: usize,
     /// How many of them were given, not generated here: prompt and resumed output.
     given: usize,
-    /// Set on admission; dropping them frees them.
+    /// Whether its tokens were computed before and are to be again.
+    pub(crate) recomputes: bool,
+    /// While it runs; dropping them gives them back.
     blocks: Option<Blocks>,
+    /// The serial number of the content of each full block.
+    contents: Vec<u64>,
     /// The engine's step in which this sequence last ran.
     pub(crate) last_step: u64,
     history: History,
@@ -47,6 +52,7 @@ impl Sequence {
     pub(crate) fn new(
         request: RequestId,
         choice: u32,
+        root: Root,
         spec: &Arc<Spec>,
         prompt: &[TokenId],
         resume: &[TokenId],
@@ -55,11 +61,14 @@ impl Sequence {
         let mut sequence = Self {
             request,
             choice,
+            root,
             spec: Arc::clone(spec),
             tokens: prompt.to_vec(),
             computed: 0,
             given: prompt.len() + resume.len(),
+            recomputes: false,
             blocks: None,
+            contents: Vec::new(),
             last_step: 0,
             history: History::new(&spec.sampling, prompt),
             text,
@@ -76,11 +85,6 @@ impl Sequence {
 
     pub(crate) fn finish(&self) -> Option<Finish> {
         self.finish
-    }
-
-    /// Positions it can ever need.
-    pub(crate) fn positions(&self) -> usize {
-        self.spec.prompt_tokens + self.spec.max_tokens
     }
 
     /// Output tokens so far.
@@ -103,12 +107,44 @@ impl Sequence {
         self.computed >= self.given
     }
 
-    pub(crate) fn admit(&mut self, blocks: Blocks) {
+    /// Takes blocks for all its tokens and the next one, of which those that hold its beginning need not be computed.
+    /// Gives how many tokens that are; `None`, and nothing taken, when there are too few blocks.
+    pub(crate) fn admit(&mut self, pool: &BlockPool, size: usize) -> Option<usize> {
+        // The last token is always computed: its logits are wanted.
+        let most = (self.tokens.len() - 1) / size;
+        let (mut blocks, contents) = pool.find(self.root, &self.tokens, size, most);
+        if !blocks.grow((self.tokens.len() + 1).div_ceil(size)) {
+            return None;
+        }
+        self.computed = contents.len() * size;
+        self.contents = contents;
         self.blocks = Some(blocks);
+        Some(self.computed)
     }
 
-    pub(crate) fn blocks(&self) -> Option<&Blocks> {
-        self.blocks.as_ref()
+    /// Takes blocks for `count` more tokens; false, and nothing taken, when there are too few.
+    pub(crate) fn grow(&mut self, count: usize, size: usize) -> bool {
+        let end = self.computed + count;
+        self.blocks.as_mut().is_some_and(|blocks| blocks.grow(end.div_ceil(size)))
+    }
+
+    /// Gives all blocks back, to be computed again.
+    pub(crate) fn preempt(&mut self) {
+        self.blocks = None;
+        self.contents.clear();
+        self.computed = 0;
+        self.given = self.tokens.len();
+        self.recomputes = true;
+    }
+
+    /// Whether it is still computing a prompt that `other`, another answer to it, begins with.
+    pub(crate) fn shares_with(&self, other: &Self) -> bool {
+        !self.recomputes && !other.recomputes && self.computed < self.spec.prompt_tokens
+    }
+
+    /// Its blocks, while it runs.
+    pub(crate) fn blocks(&self) -> &[BlockId] {
+        self.blocks.as_ref().map_or(&[], |blocks| blocks.ids())
     }
 
     /// The next `count` tokens to compute and the position of the first.
@@ -116,9 +152,14 @@ impl Sequence {
         (&self.tokens[self.computed..self.computed + count], self.computed)
     }
 
-    /// `count` more tokens are in the KV.
-    pub(crate) fn advance(&mut self, count: usize) {
+    /// `count` more tokens are in the KV; blocks that are full now can be found by others.
+    pub(crate) fn advance(&mut self, count: usize, size: usize) {
         self.computed += count;
+        let Some(blocks) = &self.blocks else { return };
+        for i in self.contents.len()..self.computed / size {
+            let before = self.contents.last().map_or(Before::Root(self.root), |serial| Before::Content(*serial));
+            self.contents.push(blocks.publish(i, before, &self.tokens[i * size..(i + 1) * size]));
+        }
     }
 
     /// Chooses the next token from the logits of the last one.

@@ -8,7 +8,7 @@
 
 #![expect(unsafe_code, reason = "SIMD kernels over raw pointers")]
 
-use crate::ops::{exp, tree};
+use crate::ops::{exp, soft_cap, tree};
 use crate::simd::{Element, Isa, Kernel, LANES, Lanes, dispatch};
 
 /// Positions of a block.
@@ -165,7 +165,7 @@ impl<K: KvBlocks> Attend<'_, K> {
         let merges = &mut self.scratch.merges[head..head + R];
         for (scores, merge) in self.scratch.scores[head * PARTIAL..].chunks_exact_mut(PARTIAL).zip(merges) {
             if let Some(cap) = cap {
-                scores[part.from..part.len].iter_mut().for_each(|score| *score = bend(*score, cap));
+                soft_cap(&mut scores[part.from..part.len], cap);
             }
             let (high, sum) = softmax(scores, part.from, part.len);
             let top = merge.top.max(high);
@@ -299,13 +299,6 @@ impl<K: KvBlocks> Attend<'_, K> {
         }
         V
     }
-}
-
-/// `cap * tanh(score / cap)`.
-fn bend(score: f32, cap: f32) -> f32 {
-    let twice = exp(2.0 * (score / cap).abs());
-    let tanh = 1.0 - 2.0 / (twice + 1.0);
-    cap * tanh.copysign(score)
 }
 
 /// Turns the scores `from..len` into weights relative to the highest of them, which is returned with the weights' sum.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use crate::matmul::{Packed, matmul};
-use crate::ops;
+use crate::ops::{self, Gate};
 use crate::pool::Pool;
 use crate::simd::Isa;
 
@@ -111,6 +111,11 @@ impl RmsNorm {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         x.apply_op1_no_bwd(self)
     }
+
+    /// Applies it to plain rows.
+    pub fn rows(&self, x: &[f32], out: &mut [f32]) {
+        ops::rms_norm(self.isa, x, &self.weight, self.eps, out);
+    }
 }
 
 impl CustomOp1 for RmsNorm {
@@ -125,18 +130,21 @@ impl CustomOp1 for RmsNorm {
             bail!("a row of {width} values meets a norm of {}", self.weight.len());
         }
         let mut out = vec![0.0; x.len()];
-        ops::rms_norm(self.isa, x, &self.weight, self.eps, &mut out);
+        self.rows(x, &mut out);
         Ok((CpuStorage::F32(out), layout.shape().clone()))
     }
 }
 
-/// `silu(gate) * up` of rows that hold gate and up side by side: `[rows, 2n]` to `[rows, n]`.
-pub struct SiluMul {
+/// `act(gate) * up` of rows that hold gate and up side by side: `[rows, 2n]` to `[rows, n]`.
+#[derive(Clone, Copy)]
+pub struct GateMul {
+    /// What the gate goes through.
+    pub gate: Gate,
     /// Where it runs.
     pub isa: Isa,
 }
 
-impl SiluMul {
+impl GateMul {
     /// Applies it.
     ///
     /// # Errors
@@ -146,9 +154,9 @@ impl SiluMul {
     }
 }
 
-impl CustomOp1 for SiluMul {
+impl CustomOp1 for GateMul {
     fn name(&self) -> &'static str {
-        "silu-mul"
+        "gate-mul"
     }
 
     fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
@@ -159,7 +167,7 @@ impl CustomOp1 for SiluMul {
         }
         let half = width / 2;
         let mut out = vec![0.0; rows * half];
-        ops::silu_mul(self.isa, x, half, &mut out);
+        ops::gate_mul(self.isa, self.gate, x, half, &mut out);
         Ok((CpuStorage::F32(out), Shape::from((rows, half))))
     }
 }

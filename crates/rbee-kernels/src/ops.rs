@@ -56,6 +56,19 @@ pub(crate) fn exp(x: f32) -> f32 {
     if small { 0.0 } else { scaled }
 }
 
+/// Hyperbolic tangent from [`exp`]; absolute error below 2e-7.
+#[inline(always)]
+pub(crate) fn tanh(x: f32) -> f32 {
+    (1.0 - 2.0 / (exp(2.0 * x.abs()) + 1.0)).copysign(x)
+}
+
+/// Bends values towards a bound: `cap * tanh(x / cap)`.
+pub fn soft_cap(x: &mut [f32], cap: f32) {
+    for x in x {
+        *x = cap * tanh(*x / cap);
+    }
+}
+
 /// Runs a function's body on an instruction set.
 fn on(isa: Isa, body: impl Body) {
     assert!(isa.is_here(), "this machine has no {isa:?}");
@@ -102,24 +115,44 @@ impl Body for RmsNorm<'_> {
     }
 }
 
-/// `silu(gate) * up` of rows that hold `n` gates and then `n` ups: `[rows, 2n]` to `[rows, n]`.
-pub fn silu_mul(isa: Isa, x: &[f32], n: usize, out: &mut [f32]) {
-    on(isa, SiluMul { x, n, out });
+/// What the gate of an MLP goes through.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Gate {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// GELU by its approximation with tanh (Hendrycks and Gimpel 2016).
+    GeluTanh,
 }
 
-struct SiluMul<'a> {
+/// `act(gate) * up` of rows that hold `n` gates and then `n` ups: `[rows, 2n]` to `[rows, n]`.
+pub fn gate_mul(isa: Isa, gate: Gate, x: &[f32], n: usize, out: &mut [f32]) {
+    match gate {
+        Gate::Silu => on(isa, GateMul { x, n, out, act: |x: f32| x / (1.0 + exp(-x)) }),
+        Gate::GeluTanh => on(isa, GateMul { x, n, out, act: gelu }),
+    }
+}
+
+#[inline(always)]
+fn gelu(x: f32) -> f32 {
+    // sqrt(2 / pi)
+    const SCALE: f32 = 0.797_884_6;
+    0.5 * x * (1.0 + tanh(SCALE * (x + 0.044_715 * x * x * x)))
+}
+
+struct GateMul<'a, F> {
     x: &'a [f32],
     n: usize,
     out: &'a mut [f32],
+    act: F,
 }
 
-impl Body for SiluMul<'_> {
+impl<F: Fn(f32) -> f32> Body for GateMul<'_, F> {
     #[inline(always)]
     fn run(self) {
         for (row, out) in self.x.chunks_exact(2 * self.n).zip(self.out.chunks_exact_mut(self.n)) {
             let (gate, up) = row.split_at(self.n);
             for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
-                *out = *gate / (1.0 + exp(-*gate)) * up;
+                *out = (self.act)(*gate) * up;
             }
         }
     }
@@ -166,12 +199,14 @@ mod tests {
         let run = |isa| {
             let (mut norm, mut gated) = (vec![0.0; x.len()], vec![0.0; rows * n]);
             rms_norm(isa, &x, &weight, 1e-5, &mut norm);
-            silu_mul(isa, &x, n, &mut gated);
-            (norm, gated)
+            let mut bent = vec![0.0; rows * n];
+            gate_mul(isa, Gate::Silu, &x, n, &mut gated);
+            gate_mul(isa, Gate::GeluTanh, &x, n, &mut bent);
+            (norm, gated, bent)
         };
-        let (norm, gated) = run(Isa::Scalar);
+        let (norm, gated, bent) = run(Isa::Scalar);
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
-            assert_eq!(run(isa), (norm.clone(), gated.clone()), "{isa:?}");
+            assert_eq!(run(isa), (norm.clone(), gated.clone(), bent.clone()), "{isa:?}");
         }
         for (row, x) in x.chunks(2 * n).enumerate() {
             let mean = x.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / (2 * n) as f64;
@@ -183,6 +218,9 @@ mod tests {
                 let (gate, up) = (f64::from(x[i]), f64::from(x[n + i]));
                 let want = gate / (1.0 + (-gate).exp()) * up;
                 assert!((f64::from(gated[row * n + i]) - want).abs() < 1e-6);
+                let inner = (2.0 / std::f64::consts::PI).sqrt() * (gate + 0.044_715 * gate.powi(3));
+                let want = 0.5 * gate * (1.0 + inner.tanh()) * up;
+                assert!((f64::from(bent[row * n + i]) - want).abs() < 1e-6);
             }
         }
     }

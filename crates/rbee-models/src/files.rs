@@ -58,6 +58,27 @@ impl ModelFiles {
         }
     }
 
+    /// Bytes of the files that are read whole, and of those that are mapped.
+    ///
+    /// # Errors
+    /// [`Error::Read`].
+    pub fn sizes(&self) -> Result<(u64, u64), Error> {
+        let Self::Folder(folder) = self else { return Ok((0, 0)) };
+        let failed = |source| Error::Read { path: folder.clone(), source };
+        let (mut whole, mut mapped) = (0u64, 0u64);
+        for entry in std::fs::read_dir(folder).map_err(failed)? {
+            let path = entry.map_err(failed)?.path();
+            // What cannot be looked at cannot be read either.
+            let Ok(len) = path.metadata().map(|facts| facts.len()) else { continue };
+            if path.extension().is_some_and(|kind| kind == "safetensors") {
+                mapped = mapped.saturating_add(len);
+            } else if len <= MAX_SMALL {
+                whole = whole.saturating_add(len);
+            }
+        }
+        Ok((whole, mapped))
+    }
+
     /// A small file, or `None` when it is not there.
     ///
     /// # Errors

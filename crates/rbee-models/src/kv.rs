@@ -46,7 +46,7 @@ impl FromStr for KvType {
 /// Bytes of the KV of one token: the values of a head are padded to whole vectors.
 pub(crate) fn bytes_per_token(config: &ModelConfig, kv_type: KvType) -> u64 {
     let head = (config.head_dim + width(config.head_dim)) * kv_type.size();
-    (config.layers * config.kv_heads * head) as u64
+    (config.layers.len() * config.kv_heads * head) as u64
 }
 
 /// The storage of one element type.
@@ -66,7 +66,7 @@ impl<T: Element> KvStore<T> {
     pub(crate) fn new(config: &ModelConfig, blocks: usize) -> Result<Self, Error> {
         let (heads, dim) = (config.kv_heads, config.head_dim);
         let all = |width: usize| {
-            let len = [blocks, heads, BLOCK, width].into_iter().try_fold(config.layers, usize::checked_mul)?;
+            let len = [blocks, heads, BLOCK, width].into_iter().try_fold(config.layers.len(), usize::checked_mul)?;
             zeroed::<T>(len)
         };
         match (all(dim), all(width(dim))) {

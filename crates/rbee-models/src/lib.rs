@@ -1,8 +1,7 @@
 //! Decoder models on candle behind the engine's [`ModelRunner`](rbee_engine::ModelRunner).
 //!
 //! [`files`] opens a model's folder and trusts nothing in it; [`arch`] says which tensors a model has; [`loader`] turns
-//! checked bytes into packed weights;
-//! [`decoder`] is the one parametric decoder; [`runner`] drives it over paged KV. Start with [`load`].
+//! checked bytes into packed weights; [`decoder`] and [`mlp`] are the one parametric decoder; [`runner`] drives it over paged KV. Start with [`load`].
 //!
 //! Invariants
 //! - A row's logits depend on that row's tokens alone: not on the batch, the chunking, the threads or the KV blocks it
@@ -16,6 +15,7 @@ mod decoder;
 mod error;
 mod kv;
 mod loader;
+mod mlp;
 mod runner;
 
 pub use error::Error;

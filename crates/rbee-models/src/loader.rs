@@ -3,20 +3,22 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use rbee_kernels::candle::{Compute, Linear, RmsNorm};
+use rbee_kernels::candle::{Compute, GateMul, Linear, RmsNorm};
 use rbee_kernels::matmul::widen;
+use rbee_kernels::ops::Gate;
 use rbee_kernels::{Packed, WeightType};
 use rbee_weights::Error as FileError;
-use rbee_weights::config::{GenerationDefaults, ModelConfig};
+use rbee_weights::config::{Activation, GenerationDefaults, Mlp, ModelConfig};
 use rbee_weights::needs::{Needs, needs};
 use rbee_weights::safetensors::{Dtype, Index, Shards, header_len};
 use sha2::{Digest, Sha256};
 
-use crate::arch::{Matrix, Plan, is_spare};
+use crate::arch::{GatedPlan, Matrix, MlpPlan, NormPlan, Plan, is_spare};
 use crate::decoder::{Decoder, Layer};
 use crate::error::Error;
 use crate::files::{ModelFiles, WeightBytes};
 use crate::kv::{KvType, bytes_per_token};
+use crate::mlp::{Experts, Gated, MlpLayer};
 
 const SINGLE: &str = "model.safetensors";
 
@@ -94,7 +96,7 @@ fn places(
         there.extend(index.tensors.into_iter().map(|(name, info)| (name, (file, info))));
     }
     let mut places = HashMap::new();
-    for (name, shape) in plan.tensors(config) {
+    for (name, shape) in plan.tensors() {
         let Some((file, info)) = there.remove(&name) else {
             return Err(FileError::corrupt(&files[0].0, format!("tensor `{name}` is missing")));
         };
@@ -204,29 +206,68 @@ impl Opened {
         widen(kind, bytes).map_err(|_| self.not_finite(name))
     }
 
+    fn linear(&self, matrix: &Matrix, compute: &Compute) -> Result<Linear, Error> {
+        let mut bias = Vec::new();
+        for (name, _) in matrix.biases() {
+            bias.extend(self.vector(&name)?);
+        }
+        let weights = Arc::new(self.packed(matrix)?);
+        Ok(Linear { weights, bias: matrix.biased.then_some(bias), compute: compute.clone() })
+    }
+
+    fn norm(&self, plan: &NormPlan, compute: &Compute) -> Result<RmsNorm, Error> {
+        let mut weight = self.vector(&plan.name)?;
+        if self.config.norms.plus_one {
+            weight.iter_mut().for_each(|weight| *weight += 1.0);
+        }
+        Ok(RmsNorm { weight, eps: self.config.norms.eps, isa: compute.isa() })
+    }
+
+    fn mlp(&self, plan: &MlpPlan, config: Mlp, compute: &Compute) -> Result<MlpLayer, Error> {
+        let gate = match self.config.activation {
+            Activation::Silu => Gate::Silu,
+            Activation::GeluTanh => Gate::GeluTanh,
+        };
+        let gated = |plan: &GatedPlan| -> Result<Gated, Error> {
+            Ok(Gated {
+                gate_up: self.linear(&plan.gate_up, compute)?,
+                act: GateMul { gate, isa: compute.isa() },
+                down: self.linear(&plan.down, compute)?,
+            })
+        };
+        match (plan, config) {
+            (MlpPlan::Experts { router, experts }, Mlp::Experts { picked, normalised, .. }) => {
+                Ok(MlpLayer::Experts(Experts {
+                    router: self.linear(router, compute)?,
+                    experts: experts.iter().map(gated).collect::<Result<_, _>>()?,
+                    picked,
+                    normalised,
+                }))
+            }
+            (MlpPlan::Gated(plan), _) => gated(plan).map(MlpLayer::Gated),
+            (MlpPlan::Experts { .. }, Mlp::Gated(_)) => unreachable!("the plan was made from this config"),
+        }
+    }
+
     /// All weights, packed. `each` is told the bytes done after each layer.
     pub(crate) fn decoder(&self, compute: &Compute, each: &dyn Fn(u64, u64)) -> Result<Decoder, Error> {
-        let linear = |matrix: &Matrix| -> Result<Linear, Error> {
-            let mut bias = Vec::new();
-            for (name, _) in matrix.biases() {
-                bias.extend(self.vector(&name)?);
-            }
-            let weights = Arc::new(self.packed(matrix)?);
-            Ok(Linear { weights, bias: matrix.biased.then_some(bias), compute: compute.clone() })
-        };
-        let norm = |name: &str| -> Result<RmsNorm, Error> {
-            Ok(RmsNorm { weight: self.vector(name)?, eps: self.config.norm_eps, isa: compute.isa() })
-        };
         let total: u64 = self.files.iter().map(|(_, bytes)| bytes.len() as u64).sum();
         let mut layers = Vec::with_capacity(self.plan.layers.len());
-        for (i, layer) in self.plan.layers.iter().enumerate() {
+        for (i, (plan, layer)) in self.plan.layers.iter().zip(&self.config.layers).enumerate() {
+            let norm = |plan: &Option<NormPlan>| plan.as_ref().map(|plan| self.norm(plan, compute)).transpose();
+            let qk_norms = match &plan.qk_norms {
+                Some([q, k]) => Some([self.norm(q, compute)?, self.norm(k, compute)?]),
+                None => None,
+            };
             layers.push(Layer {
-                attention_norm: norm(&layer.attention_norm)?,
-                qkv: linear(&layer.qkv)?,
-                output: linear(&layer.output)?,
-                mlp_norm: norm(&layer.mlp_norm)?,
-                gate_up: linear(&layer.gate_up)?,
-                down: linear(&layer.down)?,
+                before_attention: norm(&plan.before_attention)?,
+                after_attention: norm(&plan.after_attention)?,
+                before_mlp: norm(&plan.before_mlp)?,
+                after_mlp: norm(&plan.after_mlp)?,
+                qkv: self.linear(&plan.qkv, compute)?,
+                qk_norms,
+                output: self.linear(&plan.output, compute)?,
+                mlp: self.mlp(&plan.mlp, layer.mlp, compute)?,
             });
             each(total * (i as u64 + 1) / (self.plan.layers.len() as u64 + 1), total);
         }
@@ -237,7 +278,7 @@ impl Opened {
         };
         each(total, total);
         let head = Linear { weights: head, bias: None, compute: compute.clone() };
-        Ok(Decoder { embedding, layers, norm: norm(&self.plan.norm)?, head })
+        Ok(Decoder { embedding, layers, norm: self.norm(&self.plan.norm, compute)?, head })
     }
 
     /// Digest of the weights: name, length and content of each file. Of a large file 4 KiB in every 64 KiB: whatever

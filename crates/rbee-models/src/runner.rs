@@ -4,7 +4,9 @@ use std::sync::Mutex;
 
 use candle_core::Tensor;
 use half::{bf16, f16};
-use rbee_engine::runner::{Logits, LogitsWanted, ModelLimits, ModelRunner, RunnerError, StepBatch, StepCounter};
+use rbee_engine::runner::{
+    Logits, LogitsWanted, ModelLimits, ModelRunner, Regime, RunnerError, StepBatch, StepCounter,
+};
 use rbee_kernels::Isa;
 use rbee_kernels::attention::{BLOCK, PARTIAL};
 use rbee_kernels::candle::Compute;
@@ -13,14 +15,14 @@ use rbee_weights::config::{GenerationDefaults, ModelConfig};
 use rbee_weights::needs::Needs;
 use sha2::{Digest, Sha256};
 
-use crate::decoder::{Decoder, Pass, RopeTable, rows};
+use crate::decoder::{Decoder, Pass, Ropes, rows};
 use crate::error::Error;
 use crate::files::ModelFiles;
 use crate::kv::{KvStore, KvType};
 use crate::loader::{self, Opened};
 
 /// Rises with every change of the arithmetic: it is part of the numerics id.
-const NUMERICS: u32 = 2;
+const NUMERICS: u32 = 3;
 
 /// Most compute threads.
 const MAX_THREADS: usize = 1024;
@@ -45,7 +47,7 @@ pub struct CandleRunner {
     limits: ModelLimits,
     config: ModelConfig,
     decoder: Decoder,
-    rope: RopeTable,
+    ropes: Ropes,
     compute: Compute,
     kv: Kv,
     steps: StepCounter,
@@ -96,7 +98,7 @@ pub fn load(
     let numerics_id = Sha256::digest(facts).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
     Ok(CandleRunner {
         limits: ModelLimits { vocab: config.vocab, context, block_size: BLOCK, kv_blocks: blocks },
-        rope: RopeTable::new(&config, context),
+        ropes: Ropes::new(&config, context),
         config,
         decoder,
         compute,
@@ -125,6 +127,11 @@ impl CandleRunner {
         &self.generation
     }
 
+    /// Keys of the config that nothing here knows.
+    pub fn unknown_keys(&self) -> &[String] {
+        &self.config.unknown
+    }
+
     /// Tokens that end a text: those of `generation_config.json`, else of `config.json`.
     pub fn eos(&self) -> &[u32] {
         if self.generation.eos.is_empty() { &self.config.eos } else { &self.generation.eos }
@@ -150,7 +157,7 @@ impl CandleRunner {
         let pass = Pass {
             config: &self.config,
             compute: &self.compute,
-            rope: &self.rope,
+            ropes: &self.ropes,
             kv,
             rows: &rows,
             steps: &self.steps,
@@ -181,6 +188,13 @@ impl ModelRunner for CandleRunner {
         &self.limits
     }
 
+    fn regime(&self, prompt: usize) -> Regime {
+        match self.config.regime_length() {
+            Some(length) if prompt > length => Regime::Long,
+            _ => Regime::Usual,
+        }
+    }
+
     fn step(&mut self, batch: &StepBatch<'_>, logits: &mut Logits) -> Result<(), RunnerError> {
         self.check(batch)?;
         let failed = |error: candle_core::Error| RunnerError::Forward(error.to_string());
@@ -205,8 +219,7 @@ impl ModelRunner for CandleRunner {
         let count = wanted.len();
         let picked = Tensor::from_vec(wanted, count, hidden.device())
             .and_then(|rows| hidden.index_select(&rows, 0))
-            .and_then(|rows| self.decoder.logits(&rows))
-            .and_then(|rows| rows.flatten_all()?.to_vec1::<f32>())
+            .and_then(|rows| self.decoder.logits(&self.config, &rows))
             .map_err(failed)?;
         logits.as_mut_slice().copy_from_slice(&picked);
         Ok(())

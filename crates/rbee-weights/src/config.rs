@@ -1,30 +1,81 @@
-//! `config.json` and `generation_config.json`: which architecture, which sizes, which defaults.
+//! `config.json`: a decoder's architecture as data.
 //!
-//! Unknown values of known keys are errors. Keys that nothing here knows are left alone, as transformers leaves them.
-//! Both spellings of the rope settings are read: `rope_theta` with `rope_scaling`, and
-//! `rope_parameters`.
+//! [`ModelConfig::parse`] turns the keys of each family into the same few parts (norms, ropes, windows, MLPs), with the
+//! family's own defaults where a key is missing, as transformers has them. Unknown values of known keys are errors; keys that
+//! are known to change nothing are passed over; all others are named in [`ModelConfig::unknown`].
 
-use serde_json::{Map, Value};
+mod family;
+mod generation;
+mod reader;
+mod rope;
 
+use serde_json::Value;
+
+pub use self::family::Family;
+pub use self::generation::GenerationDefaults;
+use self::reader::{Reader, object};
+use self::rope::Around;
+pub use self::rope::{Rope, RopeScaling};
 use crate::Error;
 
 const CONFIG: &str = "config.json";
-const GENERATION: &str = "generation_config.json";
 
-/// Architectures of this build, by `model_type`.
-pub const SUPPORTED: &[&str] = &["llama"];
+/// Keys that change no result here: of training, of other programs, of files that are read on their own.
+const HARMLESS: &[&str] = &[
+    "_name_or_path",
+    "add_cross_attention",
+    "architectures",
+    "attention_dropout",
+    "auto_map",
+    "bos_token_id",
+    "cache_implementation",
+    "chunk_size_feed_forward",
+    "cross_attention_hidden_size",
+    "dtype",
+    "embd_pdrop",
+    "hidden_act",
+    "id2label",
+    "initializer_range",
+    "is_decoder",
+    "is_encoder_decoder",
+    "is_llama_config",
+    "label2id",
+    "max_window_layers",
+    "mlp_only_layers",
+    "model_type",
+    "original_max_position_embeddings",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "pad_token_id",
+    "pretraining_tp",
+    "problem_type",
+    "resid_pdrop",
+    "return_dict",
+    "rope_interleaved",
+    "router_aux_loss_coef",
+    "router_jitter_noise",
+    "sliding_window",
+    "sliding_window_pattern",
+    "_sliding_window_pattern",
+    "tokenizer_class",
+    "torch_dtype",
+    "torchscript",
+    "transformers_version",
+    "unsloth_fixed",
+    "unsloth_version",
+    "use_cache",
+];
 
 /// A decoder's sizes and constants.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ModelConfig {
+    /// Whose names the tensors have.
+    pub family: Family,
     /// Vocabulary: rows of the embedding.
     pub vocab: usize,
     /// Width of the residual stream.
     pub hidden: usize,
-    /// Width of the MLP.
-    pub intermediate: usize,
-    /// Layers.
-    pub layers: usize,
     /// Query heads.
     pub heads: usize,
     /// Key and value heads.
@@ -33,119 +84,125 @@ pub struct ModelConfig {
     pub head_dim: usize,
     /// Positions the model was made for.
     pub max_positions: usize,
-    /// Epsilon of the norms.
-    pub norm_eps: f32,
+    /// The norms.
+    pub norms: Norms,
+    /// Gate of the MLP.
+    pub activation: Activation,
     /// Whether the output head is the embedding.
     pub tied: bool,
-    /// Whether q, k, v and o have biases.
-    pub attention_bias: bool,
-    /// Whether the MLP has biases.
-    pub mlp_bias: bool,
-    /// Rope.
-    pub rope: Rope,
+    /// Where biases stand.
+    pub biases: Biases,
+    /// Constants that values are multiplied with.
+    pub scales: Scales,
+    /// Bound that attention scores are bent towards.
+    pub attention_cap: Option<f32>,
+    /// Bound that logits are bent towards.
+    pub logit_cap: Option<f32>,
+    /// The ropes that layers choose from; at least one.
+    pub ropes: Vec<Rope>,
+    /// Each layer.
+    pub layers: Vec<LayerConfig>,
     /// Tokens that end a text.
     pub eos: Vec<u32>,
+    /// Keys that nothing here knows.
+    pub unknown: Vec<String>,
 }
 
-/// Rotary embedding.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Rope {
-    /// Base of the frequencies.
-    pub theta: f64,
-    /// How the frequencies are changed for longer contexts.
-    pub scaling: RopeScaling,
+/// What differs between layers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LayerConfig {
+    /// Positions that a row attends to, its own included; all unless given.
+    pub window: Option<usize>,
+    /// Which rope rotates queries and keys; none unless given.
+    pub rope: Option<usize>,
+    /// The MLP.
+    pub mlp: Mlp,
 }
 
-/// How rope frequencies are changed for longer contexts.
-#[derive(Clone, Debug, PartialEq)]
-pub enum RopeScaling {
-    /// Not at all.
-    None,
-    /// All divided by this (Chen et al. 2023).
-    Linear(f64),
-    /// Low ones divided, high ones kept, those between blended (Llama 3.1's `llama3`).
-    Llama3 {
-        /// Divides the low ones.
-        factor: f64,
-        /// Below original length over this, a wavelength is high.
-        low: f64,
-        /// Above original length over this, a wavelength is low.
-        high: f64,
-        /// The length the model was first made for.
-        original: f64,
+/// A layer's MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mlp {
+    /// One gated MLP of this width.
+    Gated(usize),
+    /// Several, of which a router picks some for each row.
+    Experts {
+        /// How many there are.
+        count: usize,
+        /// How many are picked.
+        picked: usize,
+        /// Width of each.
+        width: usize,
+        /// Whether the picked ones' weights are scaled to a sum of one.
+        normalised: bool,
     },
 }
 
-fn object(file: &str, bytes: &[u8]) -> Result<Map<String, Value>, Error> {
-    if bytes.len() > 4 << 20 {
-        return Err(Error::corrupt(file, "it is larger than any config"));
-    }
-    match serde_json::from_slice(bytes) {
-        Ok(Value::Object(map)) => Ok(map),
-        Ok(_) => Err(Error::corrupt(file, "it is not a JSON object")),
-        Err(error) => Err(Error::corrupt(file, format!("it is not valid JSON: {error}"))),
-    }
+/// RMS norms.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Norms {
+    /// Added to the mean square.
+    pub eps: f32,
+    /// Whether one is to be added to the stored weights.
+    pub plus_one: bool,
+    /// Where they stand around attention and MLP.
+    pub place: NormPlace,
+    /// Of queries and keys.
+    pub qk: QkNorm,
 }
 
-struct Reader<'a> {
-    map: &'a Map<String, Value>,
-    file: &'static str,
+/// Where norms stand around attention and MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NormPlace {
+    /// Before each.
+    Before,
+    /// After each, before it is added.
+    After,
+    /// Both.
+    Around,
 }
 
-impl Reader<'_> {
-    fn wrong(&self, key: &str, what: &str) -> Error {
-        Error::corrupt(self.file, format!("`{key}` must be {what}"))
-    }
+/// Norms of queries and keys, before rope.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QkNorm {
+    /// None.
+    None,
+    /// Of each head.
+    Head,
+    /// Of all heads together.
+    Whole,
+}
 
-    fn get(&self, key: &str) -> Option<&Value> {
-        self.map.get(key).filter(|value| !value.is_null())
-    }
+/// The gate of an MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x * sigmoid(x)`.
+    Silu,
+    /// GELU by its approximation with tanh.
+    GeluTanh,
+}
 
-    fn size(&self, key: &str, max: usize) -> Result<Option<usize>, Error> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        let size = value.as_u64().and_then(|size| usize::try_from(size).ok()).filter(|size| (1..=max).contains(size));
-        size.map(Some).ok_or_else(|| self.wrong(key, &format!("a whole number from 1 to {max}")))
-    }
+/// Where biases stand.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Biases {
+    /// q, k and v.
+    pub qkv: bool,
+    /// The attention's output.
+    pub output: bool,
+    /// The MLP.
+    pub mlp: bool,
+}
 
-    fn need(&self, key: &str, max: usize) -> Result<usize, Error> {
-        self.size(key, max)?.ok_or_else(|| Error::corrupt(self.file, format!("`{key}` is missing")))
-    }
-
-    fn number(&self, key: &str, min: f64, max: f64) -> Result<Option<f64>, Error> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        let number = value.as_f64().filter(|number| (min..=max).contains(number));
-        number.map(Some).ok_or_else(|| self.wrong(key, &format!("a number from {min} to {max}")))
-    }
-
-    fn flag(&self, key: &str) -> Result<bool, Error> {
-        match self.get(key) {
-            None => Ok(false),
-            Some(value) => value.as_bool().ok_or_else(|| self.wrong(key, "true or false")),
-        }
-    }
-
-    fn text(&self, key: &str) -> Result<Option<&str>, Error> {
-        let Some(value) = self.get(key) else { return Ok(None) };
-        value.as_str().map(Some).ok_or_else(|| self.wrong(key, "a text"))
-    }
-
-    /// A key whose other values would change the result.
-    fn only(&self, key: &str, value: f64) -> Result<(), Error> {
-        match self.number(key, f64::MIN, f64::MAX)? {
-            Some(other) if other != value => Err(Error::unsupported(self.file, format!("`{key}` other than {value}"))),
-            _ => Ok(()),
-        }
-    }
-
-    fn ids(&self, key: &str) -> Result<Vec<u32>, Error> {
-        let id = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
-        let ids = match self.get(key) {
-            None => Some(Vec::new()),
-            Some(Value::Array(items)) if items.len() <= 64 => items.iter().map(id).collect(),
-            Some(value) => id(value).map(|id| vec![id]),
-        };
-        ids.ok_or_else(|| self.wrong(key, "a token id or at most 64 of them"))
-    }
+/// Constants that values are multiplied with.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scales {
+    /// Attention scores.
+    pub attention: f32,
+    /// Embeddings.
+    pub embedding: f32,
+    /// What attention and MLP add.
+    pub residual: f32,
+    /// Logits.
+    pub logits: f32,
 }
 
 impl ModelConfig {
@@ -155,29 +212,28 @@ impl ModelConfig {
     /// [`Error::Corrupt`] for what contradicts itself, [`Error::Unsupported`] for what this build does not do.
     pub fn parse(bytes: &[u8]) -> Result<Self, Error> {
         let map = object(CONFIG, bytes)?;
-        let read = Reader { map: &map, file: CONFIG };
-        let kind = read.text("model_type")?.unwrap_or_default();
-        if !SUPPORTED.contains(&kind) {
-            let shown: String = kind.chars().take(64).collect();
-            return Err(Error::unsupported(
-                CONFIG,
-                format!("model_type `{}` is not one of {}", shown.escape_debug(), SUPPORTED.join(", ")),
-            ));
-        }
+        let read = Reader::new(&map, CONFIG);
+        let family = Family::read(&read)?;
         if read.get("quantization_config").is_some() {
             return Err(Error::unsupported(
                 CONFIG,
                 "`quantization_config`: only plain f32, f16 and bf16 weights are read",
             ));
         }
-        match read.text("hidden_act")? {
-            None | Some("silu" | "swish") => {}
-            Some(other) => return Err(Error::unsupported(CONFIG, format!("hidden_act `{}`", other.escape_debug()))),
+        for key in ["clip_qkv", "num_nextn_predict_layers"] {
+            if read.get(key).is_some_and(|value| value.as_f64() != Some(0.0)) {
+                return Err(Error::unsupported(CONFIG, format!("`{key}`")));
+            }
         }
+        read.off("use_bidirectional_attention")?;
         let hidden = read.need("hidden_size", 1 << 17)?;
         let heads = read.need("num_attention_heads", 1 << 12)?;
-        let kv_heads = read.size("num_key_value_heads", 1 << 12)?.unwrap_or(heads);
-        let head_dim = match read.size("head_dim", 1 << 12)? {
+        let kv_heads = match read.size("num_key_value_heads", 1 << 12)? {
+            Some(heads) => heads,
+            None if family.defaults().kv_heads_may_be_missing => heads,
+            None => return Err(Error::corrupt(CONFIG, "`num_key_value_heads` is missing")),
+        };
+        let head_dim = match read.size("head_dim", 1 << 12)?.or(family.defaults().head_dim) {
             Some(dim) => dim,
             None if hidden % heads == 0 => hidden / heads,
             None => return Err(Error::corrupt(CONFIG, "hidden_size is no multiple of num_attention_heads")),
@@ -188,128 +244,86 @@ impl ModelConfig {
         if head_dim % 2 != 0 {
             return Err(Error::corrupt(CONFIG, "head_dim is odd"));
         }
-        read.only("partial_rotary_factor", 1.0)?;
         let vocab = read.need("vocab_size", 1 << 22)?;
         let eos = read.ids("eos_token_id")?;
         if let Some(id) = eos.iter().find(|id| **id as usize >= vocab) {
             return Err(Error::corrupt(CONFIG, format!("`eos_token_id` {id} is outside a vocabulary of {vocab}")));
         }
-        Ok(Self {
+        let max_positions = match read.size("max_position_embeddings", 1 << 24)? {
+            Some(positions) => positions,
+            None if family == Family::Llama => 2048,
+            None => return Err(Error::corrupt(CONFIG, "`max_position_embeddings` is missing")),
+        };
+        let count = read.need("num_hidden_layers", 1 << 10)?;
+        let ropes = family.ropes(&read, head_dim, max_positions)?;
+        let config = Self {
+            family,
             vocab,
             hidden,
-            intermediate: read.need("intermediate_size", 1 << 20)?,
-            layers: read.need("num_hidden_layers", 1 << 10)?,
             heads,
             kv_heads,
             head_dim,
-            max_positions: read.size("max_position_embeddings", 1 << 24)?.unwrap_or(2048),
-            norm_eps: read.number("rms_norm_eps", 0.0, 1.0)?.unwrap_or(1e-6) as f32,
-            tied: read.flag("tie_word_embeddings")?,
-            attention_bias: read.flag("attention_bias")?,
-            mlp_bias: read.flag("mlp_bias")?,
-            rope: rope(&read)?,
+            max_positions,
+            norms: Norms {
+                eps: read.number("rms_norm_eps", 0.0, 1.0)?.unwrap_or(family.defaults().norm_eps) as f32,
+                ..family.norms()
+            },
+            activation: family.activation(&read)?,
+            tied: read.flag("tie_word_embeddings", family.defaults().tied)?,
+            biases: family.biases(&read)?,
+            scales: family.scales(&read, hidden, head_dim)?,
+            attention_cap: family.cap(&read, "attn_logit_softcapping", 50.0)?,
+            logit_cap: family.cap(&read, "final_logit_softcapping", 30.0)?,
+            ropes,
+            layers: family.layers(&read, count)?,
             eos,
-        })
+            unknown: Vec::new(),
+        };
+        let unknown = read.unread().filter(|key| !HARMLESS.contains(&key.as_str()));
+        // A note is for a person to read.
+        let shown = unknown.take(32).map(|key| key.chars().take(64).collect::<String>().escape_debug().to_string());
+        Ok(Self { unknown: shown.collect(), ..config })
+    }
+
+    /// The widest that a layer's MLP gets, gate and up together, for the experts of one row.
+    pub fn widest_mlp(&self) -> usize {
+        let widths = self.layers.iter().map(|layer| match layer.mlp {
+            Mlp::Gated(width) => 2 * width,
+            Mlp::Experts { picked, width, count, .. } => 2 * width * picked + count,
+        });
+        widths.max().unwrap_or(0)
+    }
+
+    /// The length of a prompt beyond which some layers' rope changes.
+    pub fn regime_length(&self) -> Option<usize> {
+        self.ropes.iter().find_map(Rope::original)
     }
 }
 
-fn rope(read: &Reader<'_>) -> Result<Rope, Error> {
-    let nested = |key: &str| match read.get(key) {
-        None => Ok(None),
-        Some(Value::Object(map)) => Ok(Some(map)),
-        Some(_) => Err(read.wrong(key, "an object")),
+/// The ropes of a config that has one for all layers.
+fn single_rope(read: &Reader<'_>, around: &Around) -> Result<Vec<Rope>, Error> {
+    let inner = match read.inner("rope_parameters")? {
+        Some(inner) => Some(inner),
+        None => read.inner("rope_scaling")?,
     };
-    let (parameters, scaling) = (nested("rope_parameters")?, nested("rope_scaling")?);
-    let outer = read.number("rope_theta", 1.0, 1e12)?;
-    let Some(map) = parameters.or(scaling) else {
-        return Ok(Rope { theta: outer.unwrap_or(10_000.0), scaling: RopeScaling::None });
-    };
-    let inner = Reader { map, file: CONFIG };
-    let theta = inner.number("rope_theta", 1.0, 1e12)?.or(outer).unwrap_or(10_000.0);
-    let kind = match inner.text("rope_type")? {
-        Some(kind) => kind,
-        None => inner.text("type")?.unwrap_or("default"),
-    };
-    inner.only("partial_rotary_factor", 1.0)?;
-    inner.only("attention_factor", 1.0)?;
-    let need = |key: &str, min: f64, max: f64| {
-        inner.number(key, min, max)?.ok_or_else(|| Error::corrupt(CONFIG, format!("rope `{key}` is missing")))
-    };
-    let scaling = match kind {
-        "default" => RopeScaling::None,
-        "linear" => RopeScaling::Linear(need("factor", 1.0, 1e6)?),
-        "llama3" => {
-            let (low, high) = (need("low_freq_factor", 1e-3, 1e6)?, need("high_freq_factor", 1e-3, 1e6)?);
-            if low >= high {
-                return Err(Error::corrupt(CONFIG, "rope `low_freq_factor` is not below `high_freq_factor`"));
-            }
-            let original = need("original_max_position_embeddings", 1.0, 1e8)?;
-            RopeScaling::Llama3 { factor: need("factor", 1.0, 1e6)?, low, high, original }
-        }
-        other => {
+    Ok(vec![rope::rope(read, inner.as_ref(), around)?])
+}
+
+/// Names of layer kinds in `layer_types`.
+fn layer_kinds(read: &Reader<'_>, count: usize) -> Result<Option<Vec<bool>>, Error> {
+    let Some(value) = read.get("layer_types") else { return Ok(None) };
+    let wrong = || read.wrong("layer_types", &format!("a list of {count} names of layer kinds"));
+    let items = value.as_array().filter(|items| items.len() == count).ok_or_else(wrong)?;
+    let kind = |item: &Value| match item.as_str() {
+        Some("full_attention") => Ok(false),
+        Some("sliding_attention") => Ok(true),
+        Some(other) => {
             let shown: String = other.chars().take(64).collect();
-            return Err(Error::unsupported(CONFIG, format!("rope type `{}`", shown.escape_debug())));
+            Err(Error::unsupported(CONFIG, format!("layer kind `{}`", shown.escape_debug())))
         }
+        None => Err(wrong()),
     };
-    Ok(Rope { theta, scaling })
-}
-
-impl Rope {
-    /// Inverse frequencies of the `head_dim / 2` pairs, as transformers computes them.
-    pub fn inverse_frequencies(&self, head_dim: usize) -> Vec<f64> {
-        let base = (0..head_dim / 2).map(|i| self.theta.powf(-(2.0 * i as f64) / head_dim as f64));
-        base.map(|frequency| match self.scaling {
-            RopeScaling::None => frequency,
-            RopeScaling::Linear(factor) => frequency / factor,
-            RopeScaling::Llama3 { factor, low, high, original } => {
-                let wavelength = 2.0 * std::f64::consts::PI / frequency;
-                if wavelength < original / high {
-                    frequency
-                } else if wavelength > original / low {
-                    frequency / factor
-                } else {
-                    let smooth = (original / wavelength - low) / (high - low);
-                    (1.0 - smooth) * frequency / factor + smooth * frequency
-                }
-            }
-        })
-        .collect()
-    }
-}
-
-/// Defaults from `generation_config.json`.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct GenerationDefaults {
-    /// Temperature.
-    pub temperature: Option<f32>,
-    /// Top-p.
-    pub top_p: Option<f32>,
-    /// Top-k.
-    pub top_k: Option<u32>,
-    /// Repetition penalty.
-    pub repetition_penalty: Option<f32>,
-    /// Tokens that end a text.
-    pub eos: Vec<u32>,
-}
-
-impl GenerationDefaults {
-    /// Reads and checks the file.
-    ///
-    /// # Errors
-    /// [`Error::Corrupt`] when a value is outside its range.
-    pub fn parse(bytes: &[u8]) -> Result<Self, Error> {
-        let map = object(GENERATION, bytes)?;
-        let read = Reader { map: &map, file: GENERATION };
-        let greedy = read.get("do_sample") == Some(&Value::Bool(false));
-        Ok(Self {
-            temperature: if greedy { Some(0.0) } else { read.number("temperature", 0.0, 100.0)?.map(|t| t as f32) },
-            top_p: read.number("top_p", 0.0, 1.0)?.filter(|p| *p > 0.0).map(|p| p as f32),
-            // Zero switches it off.
-            top_k: read.number("top_k", 0.0, f64::from(1 << 24))?.map(|k| k as u32).filter(|k| *k > 0),
-            repetition_penalty: read.number("repetition_penalty", 0.01, 10.0)?.map(|p| p as f32),
-            eos: read.ids("eos_token_id")?,
-        })
-    }
+    items.iter().map(kind).collect::<Result<_, _>>().map(Some)
 }
 
 #[cfg(test)]
@@ -329,30 +343,17 @@ mod tests {
         let old = parse(&format!(r#","rope_theta":500000.0,"rope_scaling":{{{llama3}}}"#)).unwrap();
         let new = parse(&format!(r#","rope_parameters":{{"rope_theta":500000.0,{llama3}}}"#)).unwrap();
         assert_eq!(old, new);
-        assert_eq!(old.rope.theta, 500_000.0);
-        assert_eq!(parse("").unwrap().rope, Rope { theta: 10_000.0, scaling: RopeScaling::None });
+        assert_eq!(old.ropes[0].theta, 500_000.0);
+        assert_eq!(parse("").unwrap().ropes, [Rope { theta: 10_000.0, dims: 16, scaling: RopeScaling::None }]);
         assert_eq!(parse("").unwrap().eos, [0, 2]);
     }
 
     #[test]
-    fn sampling_defaults_are_read_or_refused() {
-        let read = |text: &str| GenerationDefaults::parse(text.as_bytes());
-        let all = read(r#"{"temperature":0.6,"top_p":0.9,"top_k":50,"repetition_penalty":1.1,"eos_token_id":[7,8]}"#);
-        let want = GenerationDefaults {
-            temperature: Some(0.6),
-            top_p: Some(0.9),
-            top_k: Some(50),
-            repetition_penalty: Some(1.1),
-            eos: vec![7, 8],
-        };
-        assert_eq!(all.unwrap(), want);
-        assert_eq!(read(r#"{"do_sample":false,"temperature":0.6}"#).unwrap().temperature, Some(0.0));
-        assert_eq!(read(r#"{"top_k":0}"#).unwrap(), GenerationDefaults::default());
-        for wrong in
-            [r#"{"top_k":"x"}"#, r#"{"top_p":2}"#, r#"{"temperature":-1}"#, r#"{"eos_token_id":-1}"#, "[]", "{"]
-        {
-            assert!(read(wrong).is_err(), "{wrong}");
-        }
+    fn keys_that_nothing_knows_are_named_and_harmless_ones_are_not() {
+        let config =
+            parse(r#","torch_dtype":"bfloat16","use_cache":true,"mystery\n":1,"attention_bias":true"#).unwrap();
+        assert_eq!(config.unknown, ["mystery\\n"]);
+        assert!(config.biases.qkv && config.biases.output && !config.biases.mlp);
     }
 
     #[test]
@@ -361,9 +362,11 @@ mod tests {
             (r#","rope_scaling":{"type":"dynamic","factor":2.0}"#, "rope type `dynamic`"),
             (r#","rope_scaling":{"type":3,"factor":2.0}"#, "`type` must be a text"),
             (r#","rope_scaling":{"type":"linear"}"#, "`factor` is missing"),
-            (r#","rope_scaling":{"type":"linear","factor":2.0,"partial_rotary_factor":0.5}"#, "partial_rotary_factor"),
+            (r#","rope_scaling":{"type":"linear","factor":2.0,"attention_factor":0.5}"#, "attention_factor"),
+            (r#","rope_scaling":{"type":"longrope","short_factor":[1],"long_factor":[1]}"#, "must be 8 numbers"),
             (r#","rope_parameters":[]"#, "an object"),
-            (r#","partial_rotary_factor":0.25"#, "partial_rotary_factor"),
+            (r#","partial_rotary_factor":1.25"#, "partial_rotary_factor"),
+            (r#","partial_rotary_factor":0.0625"#, "rotated in pairs"),
             (r#","rope_theta":0"#, "rope_theta"),
             (r#","hidden_act":3"#, "hidden_act"),
             (r#","vocab_size":2"#, "`eos_token_id` 2 is outside"),
@@ -373,6 +376,10 @@ mod tests {
             (r#","head_dim":7"#, "odd"),
             (r#","rms_norm_eps":"x""#, "rms_norm_eps"),
             (r#","max_position_embeddings":99999999999"#, "max_position_embeddings"),
+            (r#","layer_types":["full_attention"]"#, "layer_types"),
+            (r#","layer_types":["full_attention","linear_attention"]"#, "linear_attention"),
+            (r#","layer_types":["full_attention","sliding_attention"]"#, "layer_types"),
+            (r#","clip_qkv":8"#, "clip_qkv"),
         ] {
             let error = parse(rest).unwrap_err().to_string();
             assert!(error.contains(want), "{error}");

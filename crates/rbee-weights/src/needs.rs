@@ -32,9 +32,9 @@ pub fn needs(
     positions: u64,
     step_tokens: u64,
 ) -> Needs {
-    let widest =
-        config.hidden * 3 + config.intermediate * 2 + (config.heads * 2 + config.kv_heads * 2) * config.head_dim;
-    let rope = (config.head_dim as u64 * 4).saturating_mul(context);
+    let widest = config.hidden * 3 + config.widest_mlp() + (config.heads * 2 + config.kv_heads * 2) * config.head_dim;
+    let tables: usize = config.ropes.iter().map(|rope| rope.dims * if rope.original().is_some() { 2 } else { 1 }).sum();
+    let rope = (tables as u64 * 4).saturating_mul(context);
     let rows = step_tokens.saturating_mul(4 * widest as u64);
     let logits = step_tokens.min(64) * 4 * config.vocab as u64;
     // A hostile config can ask for more than there are numbers for; it is refused for its size then.

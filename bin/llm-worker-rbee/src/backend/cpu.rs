@@ -48,7 +48,7 @@ fn files_error(model: &ModelRef, error: &Error) -> ErrorBody {
         Error::NotFound(_) => ErrorBody::new(ErrorCode::ModelNotFound, message),
         Error::Files(inner) => match inner {
             rbee_models::FileError::Unsupported { .. } => ErrorBody::new(ErrorCode::ModelLoadFailed, message)
-                .with_hint("this build runs Llama models in f32, f16 or bf16"),
+                .with_hint("docs/models.md lists what runs: f32, f16 and bf16 folders of twelve model families"),
             _ => ErrorBody::new(ErrorCode::ModelCorrupt, message).with_hint(corrupt),
         },
         Error::Refused { .. } | Error::Tensor { .. } => {
@@ -102,6 +102,32 @@ fn physical_cores() -> usize {
     if cores.is_empty() { logical } else { cores.len().min(logical) }
 }
 
+/// What the small files of a folder give.
+struct Parsed {
+    tokenizer: Tokenizer,
+    template: Option<ChatTemplate>,
+}
+
+/// Address space that parsing may take beyond what the process has: this much, and so many times the files' own size.
+const PARSE_ROOM: u64 = 512 << 20;
+const PARSE_GROWTH: u64 = 16;
+
+/// Reads and checks everything but the weights' values.
+fn parse(model: &ModelRef, files: &ModelFiles, options: &RunnerOptions) -> Result<Parsed, ErrorBody> {
+    let failed = |error: Error| files_error(model, &error);
+    let text = |error: TextError| text_error(model, &error);
+    let tokenizer_bytes = files.required("tokenizer.json").map_err(failed)?;
+    rbee_models::inspect(files, options.context, options.slots, options.kv_type).map_err(failed)?;
+    let config = match files.small("tokenizer_config.json").map_err(failed)? {
+        Some(bytes) => TokenizerConfig::from_json(&bytes).map_err(text)?,
+        None => TokenizerConfig::default(),
+    };
+    let jinja = files.small("chat_template.jinja").map_err(failed)?;
+    let template = ChatTemplate::load(&config, jinja.as_deref()).map_err(text)?;
+    let tokenizer = Tokenizer::from_json(&tokenizer_bytes).map_err(text)?;
+    Ok(Parsed { tokenizer, template })
+}
+
 pub(super) fn load(
     charge: &WorkerCharge,
     slots: usize,
@@ -121,21 +147,22 @@ pub(super) fn load(
         isa: std::env::var("RBEE_ISA").ok(),
     };
     let failed = |error: Error| files_error(model, &error);
-    // The tokenizer first: it is small, and a folder without one is refused before gigabytes are read.
-    let tokenizer_bytes = files.required("tokenizer.json").map_err(failed)?;
+    // All that is parsed comes first, within bounds: a folder that is not a model's is refused before gigabytes are read.
+    let (parsed, mapped) = files.sizes().map_err(|error| files_error(model, &error))?;
+    let bound = PARSE_ROOM.saturating_add(PARSE_GROWTH.saturating_mul(parsed)).saturating_add(mapped);
+    let parsed = crate::memory::bounded(bound, || parse(model, &files, &options))?;
     let runner = rbee_models::load(&files, &options, steps, &|done, total| {
         progress(LoadProgress { stage: "load".into(), done, total, unit: "bytes".into() });
     })
     .map_err(failed)?;
+    if !runner.unknown_keys().is_empty() {
+        let keys = runner.unknown_keys().join(", ");
+        tracing::warn!(%model, keys, "config.json has keys that this build does not know; they are left out");
+    }
     let text = |error: TextError| text_error(model, &error);
-    let config = match files.small("tokenizer_config.json").map_err(failed)? {
-        Some(bytes) => TokenizerConfig::from_json(&bytes).map_err(text)?,
-        None => TokenizerConfig::default(),
-    };
-    let jinja = files.small("chat_template.jinja").map_err(failed)?;
-    let template = ChatTemplate::load(&config, jinja.as_deref()).map_err(text)?;
+    let Parsed { tokenizer, template } = parsed;
     let eos = runner.eos().to_vec();
-    let tokenizer = Tokenizer::from_json(&tokenizer_bytes).and_then(|t| t.with_control_ids(&eos)).map_err(text)?;
+    let tokenizer = tokenizer.with_control_ids(&eos).map_err(text)?;
     tokenizer.check_fits(rbee_engine::ModelRunner::limits(&runner).vocab).map_err(text)?;
     let generation = runner.generation();
     let defaults = SamplingDefaults {

@@ -1,7 +1,7 @@
 use std::sync::{Arc, Mutex};
 
 use rbee_engine::runner::LogitsWanted;
-use rbee_engine::sim::{EOS, SimText, expected_tokens};
+use rbee_engine::sim::{EOS, Shape, SimText, expected_tokens};
 use rbee_engine::{EngineError, Finish, Overloaded};
 
 use super::*;
@@ -114,16 +114,16 @@ fn the_queue_is_bounded_and_places_come_back() {
     assert_eq!(in_use(&engine), (0, 0, 0));
 }
 
-/// Slots, then memory: a request runs when both are there, in order of arrival, and not before.
+/// Slots, then memory: a request runs when there is a slot and room for its prompt, in order of arrival, and not before.
 #[test]
-fn admission_is_in_order_and_reserves_all_memory_first() {
+fn admission_is_in_order_and_needs_room_for_the_prompt_only() {
     let mut engine = engine(SimModel::default(), 10, CONFIG);
     let mut outputs = Vec::new();
-    let a = engine.submit(request(&[1; 10], 10)).unwrap(); // 5 blocks
-    let b = engine.submit(request(&[2; 4], 20)).unwrap(); // 6 blocks: waits for a
+    let a = engine.submit(request(&[1; 20], 20)).unwrap(); // 6 of 10 blocks, 10 in the end
+    let b = engine.submit(request(&[2; 20], 4)).unwrap(); // 6 blocks: waits for a
     let c = engine.submit(request(&[3; 4], 4)).unwrap(); // 2 blocks would fit, but b is before it
     engine.step(&mut outputs);
-    assert_eq!(in_use(&engine), (1, 2, 5));
+    assert_eq!(in_use(&engine), (1, 2, 6));
     let started = |outputs: &[(RequestId, Output)]| {
         outputs.iter().filter(|o| matches!(o.1, Output::Started { .. })).map(|o| o.0).collect::<Vec<_>>()
     };
@@ -132,6 +132,64 @@ fn admission_is_in_order_and_reserves_all_memory_first() {
     engine.step(&mut outputs);
     assert_eq!(started(&outputs), [a, b, c]);
     assert_eq!(in_use(&engine), (2, 0, 8));
+}
+
+/// Two texts that do not fit together: the later one gives its blocks up and says the same in the end.
+#[test]
+fn without_room_the_later_text_is_computed_again_and_stays_the_same() {
+    let mut engine = engine(SimModel::default(), 10, CONFIG);
+    let mut outputs = Vec::new();
+    let all: Vec<_> = [5u32, 6].map(|id| (id, engine.submit(request(&[id; 8], 24)).unwrap())).into();
+    while engine.has_work() {
+        engine.step(&mut outputs);
+    }
+    for (id, sent) in all {
+        let mine: Vec<Output> = outputs.iter().filter(|o| o.0 == sent).map(|o| o.1.clone()).collect();
+        assert_eq!(ids(&mine, 0), expected_tokens(0, &[id; 8], 24));
+        let prefill: Vec<_> = mine.iter().filter(|o| matches!(o, Output::Prefill { .. })).collect();
+        assert_eq!(prefill, [&Output::Prefill { done: 8, total: 8 }], "what is computed again is not told again");
+    }
+    assert!(engine.stats().preemptions > 0);
+    assert_eq!(in_use(&engine), (0, 0, 0));
+}
+
+fn cached(outputs: &[Output]) -> [usize; 2] {
+    let Some(Output::Started { cached_tokens: started, .. }) = outputs.first() else { panic!("{:?}", outputs.first()) };
+    let Some(Output::Done { cached_tokens: done, .. }) = outputs.last() else { panic!("{:?}", outputs.last()) };
+    [*started, *done]
+}
+
+/// Whole blocks that another text began with are there already; the last token is always computed, and tenants never share.
+#[test]
+fn a_prompt_that_was_there_before_is_not_computed_again() {
+    let mut engine = engine(SimModel::default(), 64, CONFIG);
+    let prompt: Vec<TokenId> = (1..=16).collect();
+    assert_eq!(cached(&answer(&mut engine, request(&prompt, 3))), [0, 0]);
+    let before = engine.stats().prompt_tokens;
+    let again = answer(&mut engine, request(&prompt, 3));
+    assert_eq!(cached(&again), [12, 12], "three blocks of four; the fourth has the last token");
+    assert_eq!(engine.stats().prompt_tokens - before, 4);
+    assert_eq!(ids(&again, 0), expected_tokens(0, &prompt, 3));
+    let longer: Vec<TokenId> = prompt.iter().chain(&expected_tokens(0, &prompt, 3)).copied().chain([9, 9]).collect();
+    let got = answer(&mut engine, request(&longer, 3));
+    assert_eq!(cached(&got), [16, 16], "the answer's first token was not in a full block");
+    assert_eq!(ids(&got, 0), expected_tokens(0, &longer, 3));
+    let other = Request { tenant: [1; 16], ..request(&prompt, 3) };
+    assert_eq!(cached(&answer(&mut engine, other)), [0, 0], "another tenant's");
+    let stats = engine.stats();
+    assert_eq!((stats.prefix_queries, stats.prefix_hits), (16 + 16 + 21 + 16, 28));
+}
+
+/// The answers to one prompt compute its whole blocks once.
+#[test]
+fn answers_to_one_prompt_share_its_blocks() {
+    let mut engine = engine(SimModel { shape: Shape::Spread, ..SimModel::default() }, 64, CONFIG);
+    let three = Request { choices: (0..3).map(|_| choice()).collect(), ..request(&[7; 18], 6) };
+    let got = answer(&mut engine, three);
+    assert_eq!(engine.stats().prompt_tokens, 18 + 2 + 2, "16 of 18 tokens are in whole blocks");
+    for c in 0..3 {
+        assert_eq!(ids(&got, c).len(), 6);
+    }
 }
 
 #[test]
@@ -143,8 +201,8 @@ fn cancelling_frees_the_memory_at_once_wherever_the_request_is() {
     let prefilling = engine.submit(request(&[2; 100], 50)).unwrap();
     let queued = engine.submit(request(&[3], 50)).unwrap();
     engine.step(&mut outputs);
-    assert_eq!(in_use(&engine), (2, 1, 13 + 38));
-    for (id, left, tokens) in [(queued, (2, 0, 51), 0), (prefilling, (1, 0, 13), 0), (decoding, (0, 0, 0), 2)] {
+    assert_eq!(in_use(&engine), (2, 1, 1 + 26));
+    for (id, left, tokens) in [(queued, (2, 0, 27), 0), (prefilling, (1, 0, 1), 0), (decoding, (0, 0, 0), 2)] {
         engine.cancel(id);
         engine.cancel(id);
         assert_eq!(in_use(&engine), left);
@@ -265,7 +323,7 @@ fn a_choice_that_was_complete_when_it_is_resumed_generates_nothing() {
 
 #[test]
 fn choices_of_one_request_differ_and_repeat() {
-    let model = SimModel { shape: rbee_engine::sim::Shape::Spread, ..SimModel::default() };
+    let model = SimModel { shape: Shape::Spread, ..SimModel::default() };
     let mut engine = engine(model, 64, CONFIG);
     let mut once = || {
         let got = answer(&mut engine, Request { choices: vec![choice(), choice()], ..request(&[9], 12) });

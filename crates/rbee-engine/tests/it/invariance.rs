@@ -54,7 +54,12 @@ fn case() -> impl Strategy<Value = Case> {
     );
     let stop = prop::option::of(prop_oneof![Just("na ".to_owned()), Just("bo".to_owned()), Just("e zi".to_owned())]);
     (
-        prop::collection::vec(1u32..256, 1..24),
+        // Many begin alike.
+        prop_oneof![
+            prop::collection::vec(1u32..256, 1..24),
+            (1usize..24, prop::collection::vec(1u32..3, 0..4))
+                .prop_map(|(shared, rest)| { (1..=shared as u32).chain(rest).collect() }),
+        ],
         1usize..20,
         sampling,
         stop,

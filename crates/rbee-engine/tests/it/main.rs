@@ -98,6 +98,7 @@ fn request(prompt: &[TokenId], max_tokens: usize) -> Request {
         ignore_eos: false,
         sampling: Sampling::default(),
         logprobs: None,
+        tenant: [0; 16],
         choices: vec![choice()],
     }
 }

@@ -1,7 +1,7 @@
 //! A row's logits are the same bits alone, in any chunking, beside any others, in any blocks, on any threads.
 
 use proptest::prelude::*;
-use rbee_engine::runner::{Chunk, Logits, LogitsWanted, ModelRunner, StepBatch};
+use rbee_engine::runner::{Chunk, Logits, LogitsWanted, ModelRunner, Regime, StepBatch};
 use rbee_models::{KvType, RunnerOptions};
 
 use crate::support::{blocks, logits, runner, tinybee, with_kv};
@@ -40,9 +40,9 @@ proptest! {
         let own = blocks(300, 2, len);
         let mut chunks: Vec<Chunk<'_>> = rest
             .iter()
-            .map(|(tokens, blocks)| Chunk { tokens, start: 0, blocks, logits: LogitsWanted::Last })
+            .map(|(tokens, blocks)| Chunk { tokens, start: 0, blocks, regime: Regime::Usual, logits: LogitsWanted::Last })
             .collect();
-        chunks.push(Chunk { tokens: &tokens[len - 1..], start: len - 1, blocks: &own, logits: LogitsWanted::Last });
+        chunks.push(Chunk { tokens: &tokens[len - 1..], start: len - 1, blocks: &own, regime: Regime::Usual, logits: LogitsWanted::Last });
         let mut out = Logits::default();
         let last = chunks.len() - 1;
         other.step(&StepBatch { chunks }, &mut out).unwrap();

@@ -35,7 +35,8 @@ pub fn logits(runner: &mut CandleRunner, tokens: &[u32], cuts: &[usize], blocks:
     let mut cuts = cuts.iter().copied();
     while start < tokens.len() {
         let len = cuts.next().unwrap_or(usize::MAX).clamp(1, tokens.len() - start);
-        let chunk = Chunk { tokens: &tokens[start..start + len], start, blocks, logits: LogitsWanted::Last };
+        let regime = runner.regime(tokens.len());
+        let chunk = Chunk { tokens: &tokens[start..start + len], start, blocks, regime, logits: LogitsWanted::Last };
         runner.step(&StepBatch { chunks: vec![chunk] }, &mut out).unwrap();
         start += len;
     }
@@ -53,14 +54,31 @@ pub fn argmax(row: &[f32]) -> u32 {
     best as u32
 }
 
+/// The logits after a prompt's last token and after each of the tokens that follow it but the last, one step each.
+pub fn followed(runner: &mut CandleRunner, prompt: &[u32], following: &[u32]) -> Vec<Vec<f32>> {
+    let blocks = blocks(0, 1, prompt.len() + following.len());
+    let regime = runner.regime(prompt.len());
+    let tokens: Vec<u32> = prompt.iter().chain(following).copied().collect();
+    let mut out = Logits::default();
+    let ends = prompt.len()..tokens.len();
+    let rows = ends.map(|end| {
+        let start = if end == prompt.len() { 0 } else { end - 1 };
+        let chunk = Chunk { tokens: &tokens[start..end], start, blocks: &blocks, regime, logits: LogitsWanted::Last };
+        runner.step(&StepBatch { chunks: vec![chunk] }, &mut out).unwrap();
+        out.row(0).to_vec()
+    });
+    rows.collect()
+}
+
 /// Greedy continuation of a prompt, up to `n` tokens or an end token.
 pub fn greedy(runner: &mut CandleRunner, prompt: &[u32], n: usize) -> Vec<u32> {
     let blocks = blocks(0, 1, prompt.len() + n);
+    let regime = runner.regime(prompt.len());
     let mut out = Logits::default();
     let mut tokens = prompt.to_vec();
     let mut start = 0;
     while tokens.len() < prompt.len() + n {
-        let chunk = Chunk { tokens: &tokens[start..], start, blocks: &blocks, logits: LogitsWanted::Last };
+        let chunk = Chunk { tokens: &tokens[start..], start, blocks: &blocks, regime, logits: LogitsWanted::Last };
         runner.step(&StepBatch { chunks: vec![chunk] }, &mut out).unwrap();
         start = tokens.len();
         let next = argmax(out.row(0));

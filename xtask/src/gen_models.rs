@@ -1,0 +1,131 @@
+//! `docs/models.md`: what is verified, from the models that the tests compare with the reference.
+
+use std::fmt::Write as _;
+use std::fs;
+use std::path::Path;
+
+use anyhow::{Context, Result};
+use rbee_weights::config::{Mlp, ModelConfig, NormPlace, QkNorm, RopeScaling};
+use serde_json::Value;
+
+const ABOUT: &str = "# Models
+
+`--model` takes a folder as the model hubs publish it: `config.json`, `tokenizer.json` (with `tokenizer_config.json` or
+`chat_template.jinja` for chats), and `model.safetensors` or shards with `model.safetensors.index.json`. Weights in f32, f16 and
+bf16 are kept in their type; sums are in f32.
+
+Each line below is a small random model whose logits and greedy tokens `cargo xtask test` compares with transformers in f32: the
+largest error of a logit is below 1e-4, and 64 greedy tokens are the same up to the first place where the reference's two best
+are closer than 1e-3. Prompts of 7 and 45 tokens, or longer, go beyond every window. `tests/fixtures/` has the models and the
+script that makes them.
+
+| `model_type` | model | weights | what it shows |
+|---|---|---|---|
+";
+
+const REST: &str = "
+Refused by name, as their results would be others: quantized checkpoints (`quantization_config`), `dynamic` rope, whose
+results depend on how a text was cut, activations other than SiLU and tanh-GELU, bidirectional attention, and any tensor that the
+architecture has no use for. Keys of `config.json` that nothing knows are named in the worker's log.
+
+Long-rope: a text has the frequencies of long texts when its prompt is longer than the original length, to its end.
+";
+
+/// The page.
+pub(crate) fn page(root: &Path) -> Result<String> {
+    let folder = root.join("tests/fixtures/models");
+    let mut names: Vec<String> = fs::read_dir(&folder)
+        .with_context(|| folder.display().to_string())?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()))
+        .collect::<Result<_>>()?;
+    names.sort();
+    let mut rows = Vec::new();
+    for name in names {
+        let bytes = fs::read(folder.join(&name).join("config.json")).with_context(|| name.clone())?;
+        let config = ModelConfig::parse(&bytes).with_context(|| name.clone())?;
+        let raw: Value = serde_json::from_slice(&bytes)?;
+        let (stored, files) = stored(&folder.join(&name))?;
+        let files = if files > 1 { format!(", in {files} files") } else { String::new() };
+        let shows = shows(&config, &raw) + &files;
+        rows.push((config.family.model_type(), name, stored, shows));
+    }
+    rows.sort();
+    let mut text = ABOUT.to_owned();
+    for (family, name, stored, shows) in rows {
+        let _ = writeln!(text, "| `{family}` | {name} | {stored} | {shows} |");
+    }
+    text.push_str(REST);
+    Ok(text)
+}
+
+/// The type of a fixture's first tensor, and in how many files its tensors are.
+fn stored(folder: &Path) -> Result<(String, usize)> {
+    let mut kinds = Vec::new();
+    for file in fs::read_dir(folder)? {
+        let path = file?.path();
+        if path.extension().is_some_and(|kind| kind == "safetensors") {
+            let bytes = fs::read(&path)?;
+            let len = bytes.first_chunk().map_or(0, |len| u64::from_le_bytes(*len)) as usize;
+            let header: Value = serde_json::from_slice(bytes.get(8..8 + len).context("a header")?)?;
+            let tensors = header.as_object().context("a header is an object")?;
+            let kind = tensors.values().find_map(|tensor| tensor.get("dtype")?.as_str());
+            kinds.push(kind.context("a file without tensors")?.to_lowercase());
+        }
+    }
+    let first = kinds.first().context("a fixture without weights")?.clone();
+    Ok((first, kinds.len()))
+}
+
+fn shows(config: &ModelConfig, raw: &Value) -> String {
+    let mut parts: Vec<String> = Vec::new();
+    parts.push(if config.heads == config.kv_heads { "a KV head per head" } else { "grouped queries" }.into());
+    if config.head_dim * config.heads != config.hidden {
+        parts.push("head_dim of its own".into());
+    }
+    parts.push(if config.tied { "tied head" } else { "own head" }.into());
+    if config.biases.qkv || config.biases.output || config.biases.mlp {
+        parts.push("biases".into());
+    }
+    for rope in &config.ropes {
+        let kind = match rope.scaling {
+            RopeScaling::None => "rope",
+            RopeScaling::Linear(_) => "linear rope",
+            RopeScaling::Llama3 { .. } => "llama3 rope",
+            RopeScaling::Yarn { .. } => "yarn",
+            RopeScaling::LongRope { .. } => "long-rope",
+        };
+        let part = if rope.dims < config.head_dim { ", partly rotated" } else { "" };
+        parts.push(format!("{kind} of base {}{part}", rope.theta));
+    }
+    let spelling = if raw.get("rope_parameters").is_some() { "`rope_parameters`" } else { "`rope_theta`" };
+    parts.push(format!("spelled {spelling}"));
+    let count = |kind: fn(&rbee_weights::config::LayerConfig) -> bool| config.layers.iter().filter(|l| kind(l)).count();
+    let all = config.layers.len();
+    match count(|layer| layer.window.is_some()) {
+        0 => {}
+        windows => parts.push(format!("window in {windows} of {all} layers")),
+    }
+    match count(|layer| layer.rope.is_none()) {
+        0 => {}
+        without => parts.push(format!("no rope in {without} of {all} layers")),
+    }
+    match count(|layer| matches!(layer.mlp, Mlp::Experts { .. })) {
+        0 => {}
+        experts => parts.push(format!("experts in {experts} of {all} layers")),
+    }
+    match config.norms.place {
+        NormPlace::Before => {}
+        NormPlace::After => parts.push("norms after attention and MLP".into()),
+        NormPlace::Around => parts.push("norms around attention and MLP".into()),
+    }
+    if config.norms.qk != QkNorm::None {
+        parts.push("norms of queries and keys".into());
+    }
+    if config.attention_cap.is_some() || config.logit_cap.is_some() {
+        parts.push("soft caps".into());
+    }
+    if config.scales.residual != 1.0 {
+        parts.push("multipliers".into());
+    }
+    parts.join(", ")
+}
