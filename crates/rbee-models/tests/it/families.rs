@@ -141,7 +141,7 @@ fn deliberate_bugs_are_seen() {
         ("phi4-long", json!({ "rope_parameters": { "original_max_position_embeddings": 200 } }), None),
         ("gemma2-low-caps", json!({ "query_pre_attn_scalar": 20 }), None),
         (
-            "gemma2",
+            "gemma2-low-caps",
             json!({ "layer_types": ["full_attention", "sliding_attention", "full_attention", "sliding_attention"] }),
             None,
         ),
