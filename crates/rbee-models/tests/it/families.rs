@@ -9,7 +9,7 @@ use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::reference::fixtures;
-use crate::support::{argmax, followed, runner, with_kv};
+use crate::support::{argmax, blocks, followed, logits, runner, with_kv};
 
 #[derive(Deserialize)]
 struct Golden {
@@ -61,6 +61,26 @@ fn every_architecture_agrees_with_the_reference() {
     for fixture in all() {
         let (worst, wrong) = compare(&fixture, &fixture);
         assert!(worst <= TOLERANCE && wrong == 0, "{}: error {worst}, {wrong} tokens differ", fixture.display());
+    }
+}
+
+/// Alone, in chunks, on other threads, on another instruction set, in each type of KV: a row's logits are the same bits.
+#[test]
+fn rows_of_every_architecture_depend_on_their_own_text_alone() {
+    for fixture in all() {
+        let golden: Golden = serde_json::from_slice(&fs::read(fixture.join("golden.json")).unwrap()).unwrap();
+        let tokens: Vec<u32> = golden.cases[1].prompt.iter().chain(&golden.cases[1].greedy).copied().collect();
+        for kv in [KvType::F32, KvType::F16, KvType::Bf16] {
+            let options = RunnerOptions { slots: 2, ..with_kv(kv) };
+            let want = logits(&mut runner(&fixture, &options), &tokens, &[], &blocks(0, 1, tokens.len()));
+            for (threads, isa, cuts) in
+                [(1, None, &[1; 110][..]), (3, Some("avx2"), &[17, 1, 40]), (2, Some("scalar"), &[63])]
+            {
+                let options = RunnerOptions { threads, isa: isa.map(str::to_owned), ..options.clone() };
+                let got = logits(&mut runner(&fixture, &options), &tokens, cuts, &blocks(3, 1, tokens.len()));
+                assert!(got == want, "{}: {kv:?}, {threads} threads, {isa:?}", fixture.display());
+            }
+        }
     }
 }
 
