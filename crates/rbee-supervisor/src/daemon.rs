@@ -9,6 +9,7 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
@@ -17,12 +18,15 @@ use rustix::fs::FlockOperation;
 use serde::{Deserialize, Serialize};
 
 use crate::logs::tail_of;
-use crate::unix::{adopt, detach};
+use crate::unix::{adopt, detach, end_group};
 
 const READY_FD: &str = "RBEE_READY_FD";
 
 /// Longest line of the readiness pipe.
 const MAX_LINE: u64 = 64 << 10;
+
+/// Longest time from a daemon's word that it failed to its exit.
+const LAST_STEPS: Duration = Duration::from_secs(2);
 
 /// What is to be started.
 #[derive(Clone, Debug)]
@@ -89,7 +93,7 @@ pub fn start(spec: &DaemonSpec, there: impl FnOnce() -> bool) -> Result<Start, E
         .stdin(Stdio::null())
         .stdout(log)
         .stderr(both);
-    detach(&mut command, writer.as_raw_fd());
+    detach(&mut command, writer.as_raw_fd()).map_err(|error| failed("its descriptors", &error))?;
     let mut child = command.spawn().map_err(|error| failed(&spec.program.display().to_string(), &error))?;
     drop(writer);
 
@@ -102,8 +106,7 @@ pub fn start(spec: &DaemonSpec, there: impl FnOnce() -> bool) -> Result<Start, E
     let line = match answered.recv_timeout(spec.limit) {
         Ok(line) => line,
         Err(_) => {
-            let _ = child.kill();
-            let _ = child.wait();
+            end_group(&mut child, Duration::ZERO);
             return Err(failed("it did not listen in time", &format!("{} s", spec.limit.as_secs())));
         }
     };
@@ -114,11 +117,11 @@ pub fn start(spec: &DaemonSpec, there: impl FnOnce() -> bool) -> Result<Start, E
             Ok(Start::Started(url))
         }
         Ok(Line::Error(error)) => {
-            let _ = child.wait();
+            end_group(&mut child, LAST_STEPS);
             Err(*error)
         }
         Err(_) => {
-            let status = child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
+            let status = end_group(&mut child, LAST_STEPS).map_or_else(String::new, |status| status.to_string());
             let tail = tail_of(&spec.log, 2048).unwrap_or_default();
             Err(failed("it ended before it listened", &status)
                 .with_hint(format!("the end of {}:\n{tail}", spec.log.display())))
@@ -148,6 +151,11 @@ pub fn exit_code(outcome: Result<(), ErrorBody>) -> std::process::ExitCode {
 }
 
 fn announce(line: &Line) {
+    // Once said, the descriptor is closed and its number may be another's.
+    static SAID: AtomicBool = AtomicBool::new(false);
+    if SAID.swap(true, Ordering::Relaxed) {
+        return;
+    }
     let Some(fd) = std::env::var(READY_FD).ok().and_then(|text| text.parse().ok()) else { return };
     let Ok(fd) = adopt(fd) else { return };
     let Ok(mut bytes) = serde_json::to_vec(line) else { return };

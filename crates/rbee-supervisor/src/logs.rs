@@ -6,6 +6,9 @@ use std::os::fd::OwnedFd;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use tokio::sync::watch;
 
 /// Bytes of one log file; it is renamed to `.1` when full.
 const MAX_FILE: u64 = 1 << 20;
@@ -15,7 +18,11 @@ const TAIL: usize = 4 << 10;
 
 /// Where a worker's output goes.
 #[derive(Clone)]
-pub struct Capture(Arc<Mutex<Inner>>);
+pub struct Capture {
+    inner: Arc<Mutex<Inner>>,
+    /// How many outputs are being followed.
+    open: watch::Sender<usize>,
+}
 
 struct Inner {
     path: PathBuf,
@@ -29,26 +36,36 @@ impl Capture {
     pub fn new(path: &Path) -> Self {
         let file = open(path).ok();
         let written = file.as_ref().and_then(|file| file.metadata().ok()).map_or(0, |meta| meta.len());
-        Self(Arc::new(Mutex::new(Inner { path: path.to_owned(), file, written, tail: Vec::new() })))
+        let inner = Inner { path: path.to_owned(), file, written, tail: Vec::new() };
+        Self { inner: Arc::new(Mutex::new(inner)), open: watch::channel(0).0 }
     }
 
     /// Copies what comes from this descriptor until its end, on a thread of its own.
     pub fn follow(&self, from: OwnedFd) {
         let capture = self.clone();
+        self.open.send_modify(|open| *open += 1);
         let thread = std::thread::Builder::new().name("capture".into()).spawn(move || {
             let mut from = File::from(from);
             let mut buffer = [0u8; 8192];
             while let Ok(count @ 1..) = from.read(&mut buffer) {
                 capture.write(&buffer[..count]);
             }
+            capture.open.send_modify(|open| *open -= 1);
         });
         if let Err(error) = thread {
+            self.open.send_modify(|open| *open -= 1);
             tracing::warn!(%error, "a worker's output is not captured");
         }
     }
 
+    /// Waits until all that is followed has ended, or the limit is over.
+    pub async fn drained(&self, limit: Duration) {
+        let mut open = self.open.subscribe();
+        let _ = tokio::time::timeout(limit, open.wait_for(|open| *open == 0)).await;
+    }
+
     fn write(&self, bytes: &[u8]) {
-        let mut inner = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut inner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
         inner.tail.extend_from_slice(bytes);
         let excess = inner.tail.len().saturating_sub(TAIL);
         inner.tail.drain(..excess);
@@ -65,9 +82,15 @@ impl Capture {
         }
     }
 
-    /// The last output, control characters escaped.
+    /// The last output, control characters escaped; at most 4 KiB of text.
     pub fn tail(&self) -> String {
-        escaped(&self.0.lock().unwrap_or_else(PoisonError::into_inner).tail)
+        let text = escaped(&self.inner.lock().unwrap_or_else(PoisonError::into_inner).tail);
+        // What is escaped is longer than what was written.
+        let mut start = text.len().saturating_sub(TAIL);
+        while !text.is_char_boundary(start) {
+            start += 1;
+        }
+        text[start..].to_owned()
     }
 }
 

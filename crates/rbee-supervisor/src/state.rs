@@ -7,20 +7,41 @@ use rbee_wire::worker::LoadProgress;
 /// Time since the supervisor's start.
 pub type Timestamp = Duration;
 
-/// No progress of a load for so long ends it.
-pub const LOAD_TIMEOUT: Duration = Duration::from_secs(120);
-/// A control pipe that is silent for so long shows a frozen process: three beats missed.
-pub const SILENCE: Duration = Duration::from_millis(1600);
-/// A step counter that stands still for so long with work running shows a hung engine.
-pub const STALL: Duration = Duration::from_secs(4);
-/// Grace between SIGTERM and SIGKILL.
-pub const GRACE: Duration = Duration::from_secs(5);
-/// Exits within [`CRASH_WINDOW`] that make a crash loop.
+/// Exits within [`Timing::crash_window`] that make a crash loop.
 pub const CRASHES: usize = 5;
-/// See [`CRASHES`].
-pub const CRASH_WINDOW: Duration = Duration::from_secs(60);
-/// Longest wait before a restart.
-const MAX_BACKOFF: Duration = Duration::from_secs(60);
+
+/// The times that lives are judged by. The defaults are the product's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Timing {
+    /// No progress of a load for so long ends it.
+    pub load_timeout: Duration,
+    /// A control pipe that is silent for so long shows a frozen process: three beats missed.
+    pub silence: Duration,
+    /// A step counter that stands still for so long with work running shows a hung engine.
+    pub stall: Duration,
+    /// Grace between SIGTERM and SIGKILL.
+    pub grace: Duration,
+    /// See [`CRASHES`].
+    pub crash_window: Duration,
+    /// Wait before the first restart; each one after it waits twice as long.
+    pub first_wait: Duration,
+    /// Longest wait before a restart.
+    pub longest_wait: Duration,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            load_timeout: Duration::from_secs(120),
+            silence: Duration::from_millis(1600),
+            stall: Duration::from_secs(4),
+            grace: Duration::from_secs(5),
+            crash_window: Duration::from_secs(60),
+            first_wait: Duration::from_secs(1),
+            longest_wait: Duration::from_secs(60),
+        }
+    }
+}
 
 /// A worker process as the hive sees it. Only the supervisor moves it; everyone else reads a copy.
 #[derive(Clone, Debug, PartialEq)]
@@ -109,7 +130,7 @@ pub enum Action {
 }
 
 /// Total: every state and observation has an answer.
-pub fn observe(state: ProcessState, seen: Observation, now: Timestamp) -> (ProcessState, Vec<Action>) {
+pub fn observe(timing: &Timing, state: ProcessState, seen: Observation, now: Timestamp) -> (ProcessState, Vec<Action>) {
     use {Observation as O, ProcessState as S};
     let kill = |why| (S::Killing, vec![Action::Kill(why)]);
     match (state, seen) {
@@ -123,7 +144,7 @@ pub fn observe(state: ProcessState, seen: Observation, now: Timestamp) -> (Proce
             if termed {
                 kill("killed")
             } else {
-                (S::Draining { deadline: now + GRACE, termed: true }, vec![Action::Terminate])
+                (S::Draining { deadline: now + timing.grace, termed: true }, vec![Action::Terminate])
             }
         }
         (S::Draining { deadline, termed }, O::DrainWanted { grace }) => {
@@ -138,7 +159,7 @@ pub fn observe(state: ProcessState, seen: Observation, now: Timestamp) -> (Proce
             let progress = LoadProgress { stage: "start".into(), done: 0, total: 0, unit: "steps".into() };
             (S::Loading { moved: now, heard: now, progress }, vec![])
         }
-        (S::Spawning { since }, O::Tick) if now >= since + LOAD_TIMEOUT => kill("load_timeout"),
+        (S::Spawning { since }, O::Tick) if now >= since + timing.load_timeout => kill("load_timeout"),
         // A ready or progress line before the listening line is out of order, and a beat says nothing yet.
         (state @ S::Spawning { .. }, O::Progress(_) | O::Ready | O::Beat { .. } | O::Tick) => (state, vec![]),
 
@@ -150,23 +171,24 @@ pub fn observe(state: ProcessState, seen: Observation, now: Timestamp) -> (Proce
         (S::Loading { moved, progress, .. }, O::Beat { .. } | O::Listening) => {
             (S::Loading { moved, heard: now, progress }, vec![])
         }
-        (S::Loading { heard, .. }, O::Tick) if now >= heard + SILENCE => kill("stalled"),
-        (S::Loading { moved, .. }, O::Tick) if now >= moved + LOAD_TIMEOUT => kill("load_timeout"),
+        (S::Loading { heard, .. }, O::Tick) if now >= heard + timing.silence => kill("stalled"),
+        (S::Loading { moved, .. }, O::Tick) if now >= moved + timing.load_timeout => kill("load_timeout"),
         (state @ S::Loading { .. }, O::Tick) => (state, vec![]),
 
         (S::Ready { since, steps: before, moved, .. }, O::Beat { steps, working }) => {
             let moved = if working && steps == before { moved } else { now };
             (S::Ready { since, heard: now, steps, moved }, vec![])
         }
-        (S::Ready { heard, .. }, O::Tick) if now >= heard + SILENCE => kill("stalled"),
-        (S::Ready { moved, heard, .. }, O::Tick) if heard >= moved + STALL => kill("stalled"),
+        (S::Ready { heard, .. }, O::Tick) if now >= heard + timing.silence => kill("stalled"),
+        (S::Ready { moved, heard, .. }, O::Tick) if heard >= moved + timing.stall => kill("stalled"),
         (state @ S::Ready { .. }, O::Tick | O::Listening | O::Progress(_) | O::Ready) => (state, vec![]),
     }
 }
 
 /// When a worker that ended by itself is started again.
-#[derive(Clone, Debug, Default, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Restarts {
+    timing: Timing,
     exits: Vec<Timestamp>,
     in_a_row: u32,
 }
@@ -181,17 +203,22 @@ pub enum Next {
 }
 
 impl Restarts {
+    /// No exit yet.
+    pub fn new(timing: Timing) -> Self {
+        Self { timing, exits: Vec::new(), in_a_row: 0 }
+    }
+
     /// An exit after so much time of service.
     pub fn exited(&mut self, now: Timestamp, served: Duration) -> Next {
-        if served >= CRASH_WINDOW {
+        if served >= self.timing.crash_window {
             self.in_a_row = 0;
         }
-        self.exits.retain(|exit| now < *exit + CRASH_WINDOW);
+        self.exits.retain(|exit| now < *exit + self.timing.crash_window);
         self.exits.push(now);
         if self.exits.len() >= CRASHES {
             return Next::CrashLoop;
         }
-        let wait = Duration::from_secs(1u64 << self.in_a_row.min(6)).min(MAX_BACKOFF);
+        let wait = (self.timing.first_wait * (1 << self.in_a_row.min(6))).min(self.timing.longest_wait);
         self.in_a_row += 1;
         Next::Wait(wait)
     }
@@ -214,7 +241,7 @@ mod tests {
         let mut state = ProcessState::Spawning { since: at(0) };
         let mut all = Vec::new();
         for (ms, seen) in script {
-            let (next, actions) = observe(state, seen.clone(), at(*ms));
+            let (next, actions) = observe(&Timing::default(), state, seen.clone(), at(*ms));
             all.extend(actions.into_iter().map(|action| (*ms, action)));
             state = next;
         }
@@ -283,11 +310,11 @@ mod tests {
 
     #[test]
     fn restarts_wait_longer_each_time_and_stop_in_a_crash_loop() {
-        let mut restarts = Restarts::default();
+        let mut restarts = Restarts::new(Timing::default());
         let next: Vec<Next> = (0..5).map(|i| restarts.exited(at(i * 1000), Duration::ZERO)).collect();
         let wait = |s| Next::Wait(Duration::from_secs(s));
         assert_eq!(next, [wait(1), wait(2), wait(4), wait(8), Next::CrashLoop]);
-        let mut rare = Restarts::default();
+        let mut rare = Restarts::new(Timing::default());
         for i in 0..100 {
             assert_eq!(rare.exited(at(i * 100_000), Duration::from_secs(90)), wait(1));
         }

@@ -15,11 +15,14 @@ use tokio::sync::{mpsc, watch};
 
 use crate::control::HiveEnd;
 use crate::logs::{Capture, tail_of};
-use crate::state::{Action, Next, Observation, ProcessState, Restarts, observe};
+use crate::state::{Action, Next, Observation, ProcessState, Restarts, Timing, observe};
 use crate::unix::{Spawn, WorkerProcess, code_and_signal, kill_proven, spawn, start_time};
 
 /// Time between two looks at the clock.
 const TICK: Duration = Duration::from_millis(100);
+
+/// Longest wait for the last words of a worker that has ended; what left its group may hold the pipe open.
+const LAST_WORDS: Duration = Duration::from_millis(200);
 
 /// Records of ended workers that are kept.
 const MAX_ENDED: usize = 32;
@@ -64,6 +67,8 @@ pub struct SpawnSpec {
     pub charge: Arc<dyn Fn() -> WorkerCharge + Send + Sync>,
     /// Bytes reserved for it on its device.
     pub reserved: u64,
+    /// Most bytes of its address space; `None` leaves the limit of the hive.
+    pub address_space: Option<u64>,
 }
 
 enum Order {
@@ -85,6 +90,7 @@ struct Inner {
     version: watch::Sender<u64>,
     logs: PathBuf,
     lives: PathBuf,
+    timing: Timing,
     clock: Instant,
 }
 
@@ -99,6 +105,14 @@ impl Supervisor {
     /// # Errors
     /// When the folders cannot be made.
     pub fn new(logs: &Path, lives: &Path) -> std::io::Result<Self> {
+        Self::with_timing(logs, lives, Timing::default())
+    }
+
+    /// As [`Supervisor::new`], with other times.
+    ///
+    /// # Errors
+    /// When the folders cannot be made.
+    pub fn with_timing(logs: &Path, lives: &Path, timing: Timing) -> std::io::Result<Self> {
         std::fs::create_dir_all(logs)?;
         std::fs::create_dir_all(lives)?;
         for entry in std::fs::read_dir(lives)?.flatten() {
@@ -115,6 +129,7 @@ impl Supervisor {
             version: watch::channel(0).0,
             logs: logs.to_owned(),
             lives: lives.to_owned(),
+            timing,
             clock: Instant::now(),
         })))
     }
@@ -250,15 +265,14 @@ impl Supervisor {
         mut charge: WorkerCharge,
         mut ordered: mpsc::Receiver<Order>,
     ) {
-        let mut restarts = Restarts::default();
+        let mut restarts = Restarts::new(self.0.timing);
         loop {
             let record = start_time(life.process.pid()).map(|started| format!("{} {started}", life.process.pid()));
             let _ = std::fs::write(self.life_file(&id), record.unwrap_or_default());
             let end = self.live(&id, &charge, &mut life, &mut ordered).await;
             let _ = std::fs::remove_file(self.life_file(&id));
             drop(life);
-            // What the pipe's last words left to be written arrives within moments of the exit.
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            capture.drained(LAST_WORDS).await;
             let mut exit = ProcessExit { stderr_tail: capture.tail(), ..end.exit };
             let retired = self.entries().get(&id).is_none_or(|entry| entry.retired);
             // A load that says itself why it failed fails again: nothing is gained by trying.
@@ -290,9 +304,10 @@ impl Supervisor {
                 process.load = None;
                 process.last_exit = Some(exit);
             });
-            let begin = tokio::time::Instant::now() + wait;
+            let mut begin = tokio::time::Instant::now() + wait;
             let started = loop {
                 tokio::select! {
+                    biased;
                     _ = ordered.recv() => {
                         self.update(&id, |process| process.state = WireState::Exited);
                         return;
@@ -304,7 +319,7 @@ impl Supervisor {
                     Ok(life) => break life,
                     Err(error) => {
                         tracing::warn!(worker = %id, %error, "a worker could not be started again");
-                        tokio::time::sleep(Duration::from_secs(1)).await;
+                        begin = tokio::time::Instant::now() + self.0.timing.first_wait;
                     }
                 }
             };
@@ -383,7 +398,7 @@ impl Supervisor {
             };
             let now = self.0.clock.elapsed();
             let is_ready = seen == Observation::Ready;
-            let (next, actions) = observe(state, seen, now);
+            let (next, actions) = observe(&self.0.timing, state, seen, now);
             state = next;
             if is_ready && ready_at.is_none() {
                 ready_at = Some(now);
@@ -415,7 +430,8 @@ impl Supervisor {
                 code,
                 signal,
                 reason: reason.unwrap_or(default).into(),
-                error: error.or_else(|| (reason == Some("load_timeout")).then(load_timeout)),
+                error: error
+                    .or_else(|| (reason == Some("load_timeout")).then(|| load_timeout(self.0.timing.load_timeout))),
                 stderr_tail: String::new(),
             },
             served: ready_at.is_some(),
@@ -469,8 +485,8 @@ impl Supervisor {
     }
 }
 
-fn load_timeout() -> ErrorBody {
-    ErrorBody::new(ErrorCode::LoadTimeout, "the load made no progress for 120 s")
+fn load_timeout(limit: Duration) -> ErrorBody {
+    ErrorBody::new(ErrorCode::LoadTimeout, format!("the load made no progress for {} s", limit.as_secs()))
 }
 
 /// A worker's id as a file name.
@@ -491,8 +507,9 @@ struct End {
 
 async fn start(spec: &SpawnSpec, charge: &WorkerCharge, capture: &Capture) -> Result<Life, SupervisorError> {
     let failed = |source: std::io::Error| {
-        let full = matches!(source.raw_os_error(), Some(11 | 12 | 23 | 24));
-        if full {
+        use rustix::io::Errno;
+        let full = [Errno::AGAIN, Errno::NOMEM, Errno::NFILE, Errno::MFILE, Errno::NOSPC];
+        if Errno::from_io_error(&source).is_some_and(|errno| full.contains(&errno)) {
             SupervisorError::Exhausted(source)
         } else {
             SupervisorError::Program { program: spec.program.clone(), source }
@@ -501,7 +518,7 @@ async fn start(spec: &SpawnSpec, charge: &WorkerCharge, capture: &Capture) -> Re
     let (mut pipe, control) = HiveEnd::pair().map_err(failed)?;
     let mut command = std::process::Command::new(&spec.program);
     command.args(&spec.args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).current_dir("/");
-    let mut process = spawn(Spawn { command, control }).await.map_err(failed)?;
+    let mut process = spawn(Spawn { command, control, address_space: spec.address_space }).await.map_err(failed)?;
     for output in process.take_output().into_iter().flatten() {
         capture.follow(output);
     }

@@ -1,17 +1,20 @@
 //! The system calls: spawning with a control pipe, watching by pidfd, signalling groups.
+//!
+//! A child inherits its stdio and the one descriptor that it is given, whatever else is open here and by whomever.
 
 #![expect(unsafe_code, reason = "work between fork and exec")]
 
 use std::io::{self, Read};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::OnceLock;
 use std::sync::mpsc::{Sender, channel};
+use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, PidfdFlags, Signal};
+use rustix::io::FdFlags;
+use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, getrlimit, setrlimit};
 use tokio::io::unix::AsyncFd;
 
 /// Names the descriptor of the control pipe in a worker's environment.
@@ -19,34 +22,43 @@ pub(crate) const CONTROL_FD: &str = "RBEE_CONTROL_FD";
 
 /// A worker's process: the leader of its own group.
 pub(crate) struct WorkerProcess {
-    child: Child,
+    leader: Leader,
     pidfd: AsyncFd<OwnedFd>,
+}
+
+/// A child that leads a group. Dropped before it was reaped, it is killed with its group and reaped then.
+struct Leader {
+    child: Child,
+    reaped: bool,
 }
 
 /// What is started.
 pub(crate) struct Spawn {
     pub(crate) command: Command,
     pub(crate) control: UnixStream,
+    pub(crate) address_space: Option<u64>,
 }
 
-/// A spawned child, its pidfd, and its output.
-pub(crate) type Spawned = (Child, OwnedFd);
+/// A spawned child and its pidfd.
+type Spawned = (Leader, OwnedFd);
 
 type Job = Box<dyn FnOnce() + Send>;
 
 /// The thread that starts all children. `PR_SET_PDEATHSIG` is bound to the thread that forked, so that thread must
 /// live as long as the process.
-fn spawner() -> &'static Sender<Job> {
-    static SPAWNER: OnceLock<Sender<Job>> = OnceLock::new();
-    SPAWNER.get_or_init(|| {
-        let (sender, jobs) = channel::<Job>();
-        let thread = std::thread::Builder::new().name("spawner".into());
-        let started = thread.spawn(move || jobs.into_iter().for_each(|job| job()));
-        if let Err(error) = started {
-            tracing::error!(%error, "no thread to start processes from");
-        }
-        sender
-    })
+///
+/// # Errors
+/// When there is no room for the thread; a later call tries again.
+fn spawner() -> io::Result<Sender<Job>> {
+    static SPAWNER: Mutex<Option<Sender<Job>>> = Mutex::new(None);
+    let mut spawner = SPAWNER.lock().unwrap_or_else(PoisonError::into_inner);
+    if let Some(sender) = &*spawner {
+        return Ok(sender.clone());
+    }
+    let (sender, jobs) = channel::<Job>();
+    let thread = std::thread::Builder::new().name("spawner".into());
+    thread.spawn(move || jobs.into_iter().for_each(|job| job()))?;
+    Ok(spawner.insert(sender).clone())
 }
 
 /// Starts a process in a group of its own that dies with this one, handing it one end of the control pipe.
@@ -57,17 +69,21 @@ pub(crate) async fn spawn(spawn: Spawn) -> io::Result<WorkerProcess> {
     let (answer, answered) = tokio::sync::oneshot::channel();
     let gone = || io::Error::other("the thread that starts processes is gone");
     let job: Job = Box::new(move || drop(answer.send(spawn_here(spawn))));
-    spawner().send(job).map_err(|_| gone())?;
-    let (child, pidfd) = answered.await.map_err(|_| gone())??;
+    spawner()?.send(job).map_err(|_| gone())?;
+    let (leader, pidfd) = answered.await.map_err(|_| gone())??;
     // SAFETY: the pidfd is owned by the AsyncFd for all of its life, so it stays open and the same.
     let pidfd = unsafe { AsyncFd::register(pidfd) }.map_err(io::Error::from)?;
-    Ok(WorkerProcess { child, pidfd })
+    Ok(WorkerProcess { leader, pidfd })
 }
 
-fn spawn_here(Spawn { mut command, control }: Spawn) -> io::Result<Spawned> {
+fn spawn_here(Spawn { mut command, control, address_space }: Spawn) -> io::Result<Spawned> {
     let fd = control.as_raw_fd();
     let parent = rustix::process::getpid();
     command.env(CONTROL_FD, fd.to_string()).process_group(0);
+    if let Some(bytes) = address_space {
+        limit_address_space(&mut command, bytes);
+    }
+    let others = inheritable()?;
     // SAFETY: the closure runs between fork and exec and makes system calls only, all async-signal-safe; it
     // allocates nothing. `control` is open until after the spawn, so the borrowed descriptor is valid.
     unsafe {
@@ -77,40 +93,73 @@ fn spawn_here(Spawn { mut command, control }: Spawn) -> io::Result<Spawned> {
             if rustix::process::getppid() != Some(parent) {
                 return Err(io::ErrorKind::NotConnected.into());
             }
-            let control = std::os::fd::BorrowedFd::borrow_raw(fd);
-            rustix::io::fcntl_setfd(control, rustix::io::FdFlags::empty())?;
-            Ok(())
+            keep_only(fd, &others)
         });
     }
-    let mut child = command.spawn()?;
+    let leader = Leader { child: command.spawn()?, reaped: false };
     drop(control);
-    let pid = Pid::from_child(&child);
-    match rustix::process::pidfd_open(pid, PidfdFlags::NONBLOCK) {
-        Ok(pidfd) => Ok((child, pidfd)),
-        Err(error) => {
-            // Without a pidfd the child could not be watched: no half-made worker is left.
-            let _ = rustix::process::kill_process_group(pid, Signal::KILL);
-            let _ = child.wait();
-            Err(error.into())
+    // Without a pidfd the child could not be watched: it ends with its handle then.
+    let pidfd = rustix::process::pidfd_open(Pid::from_child(&leader.child), PidfdFlags::NONBLOCK)?;
+    Ok((leader, pidfd))
+}
+
+/// Descriptors beside stdio that a child would inherit: what whoever started this program left open, or a library of
+/// another language opened.
+fn inheritable() -> io::Result<Vec<RawFd>> {
+    let mut found = Vec::new();
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        let Some(fd) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
+        // SAFETY: fcntl on a number that is no descriptor any more fails and touches nothing.
+        let flags = rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(fd) });
+        if fd > 2 && flags.is_ok_and(|flags| !flags.contains(FdFlags::CLOEXEC)) {
+            found.push(fd);
         }
+    }
+    Ok(found)
+}
+
+/// Leaves one descriptor beside stdio to what is executed next, and of the others none.
+///
+/// # Safety
+/// To be called between fork and exec, with `keep` open. It makes system calls only, all async-signal-safe.
+unsafe fn keep_only(keep: RawFd, others: &[RawFd]) -> io::Result<()> {
+    for &fd in others {
+        // SAFETY: as in `inheritable`; this is the only thread of the child.
+        let _ = rustix::io::fcntl_setfd(unsafe { BorrowedFd::borrow_raw(fd) }, FdFlags::CLOEXEC);
+    }
+    // SAFETY: the caller has it open.
+    rustix::io::fcntl_setfd(unsafe { BorrowedFd::borrow_raw(keep) }, FdFlags::empty())?;
+    Ok(())
+}
+
+/// Limits the address space of what this command starts, and of all that it forks: an allocation beyond it fails
+/// there instead of taking the machine's memory. Mapped files, thread stacks and the allocator's reserves count.
+pub fn limit_address_space(command: &mut Command, bytes: u64) {
+    // Nobody but root may raise a limit, and nobody has to.
+    let bytes = getrlimit(Resource::As).maximum.map_or(bytes, |most| bytes.min(most));
+    let limit = Rlimit { current: Some(bytes), maximum: Some(bytes) };
+    // SAFETY: one system call between fork and exec, async-signal-safe; nothing is allocated.
+    unsafe {
+        command.pre_exec(move || Ok(setrlimit(Resource::As, limit)?));
     }
 }
 
 impl WorkerProcess {
     /// Its process id, valid until [`WorkerProcess::ended`] returns.
     pub(crate) fn pid(&self) -> u32 {
-        self.child.id()
+        self.leader.child.id()
     }
 
     /// Its output, once.
     pub(crate) fn take_output(&mut self) -> [Option<OwnedFd>; 2] {
-        [self.child.stdout.take().map(OwnedFd::from), self.child.stderr.take().map(OwnedFd::from)]
+        let child = &mut self.leader.child;
+        [child.stdout.take().map(OwnedFd::from), child.stderr.take().map(OwnedFd::from)]
     }
 
     /// Signals the whole group. The leader is not reaped before [`WorkerProcess::ended`] returns, so its number cannot
     /// be another's.
     pub(crate) fn signal_group(&self, signal: Signal) {
-        let _ = rustix::process::kill_process_group(Pid::from_child(&self.child), signal);
+        self.leader.signal_group(signal);
     }
 
     /// Waits until the leader has ended, ends what it forked, and reaps it.
@@ -120,17 +169,45 @@ impl WorkerProcess {
     pub(crate) async fn ended(&mut self) -> io::Result<ExitStatus> {
         let _ready = self.pidfd.readable().await?;
         self.signal_group(Signal::KILL);
-        self.child.wait()
+        self.leader.reap()
     }
 }
 
-impl Drop for WorkerProcess {
-    fn drop(&mut self) {
-        if let Ok(None) = self.child.try_wait() {
-            self.signal_group(Signal::KILL);
-            let _ = self.child.wait();
+impl Leader {
+    /// Its number is no other's as long as it is not reaped.
+    fn signal_group(&self, signal: Signal) {
+        if !self.reaped {
+            let _ = rustix::process::kill_process_group(Pid::from_child(&self.child), signal);
         }
     }
+
+    fn reap(&mut self) -> io::Result<ExitStatus> {
+        let status = self.child.wait()?;
+        self.reaped = true;
+        Ok(status)
+    }
+}
+
+impl Drop for Leader {
+    fn drop(&mut self) {
+        if !self.reaped {
+            self.signal_group(Signal::KILL);
+            let _ = self.reap();
+        }
+    }
+}
+
+/// Waits for a child that leads a group, and kills the group when the grace is over. Blocks; reaps in any case.
+pub(crate) fn end_group(child: &mut Child, grace: Duration) -> Option<ExitStatus> {
+    let began = Instant::now();
+    while let Ok(None) = child.try_wait() {
+        if began.elapsed() >= grace {
+            let _ = rustix::process::kill_process_group(Pid::from_child(child), Signal::KILL);
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    child.wait().ok()
 }
 
 /// Start time of a process in clock ticks since boot (field 22 of `/proc/PID/stat`); `None` when it is gone or a
@@ -206,21 +283,24 @@ pub(crate) fn adopt(fd: i32) -> io::Result<OwnedFd> {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a descriptor that could be inherited"));
     }
     // SAFETY: fcntl on a number that is no descriptor fails and touches nothing.
-    let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(fd) };
-    rustix::io::fcntl_setfd(borrowed, rustix::io::FdFlags::CLOEXEC)?;
+    let borrowed = unsafe { BorrowedFd::borrow_raw(fd) };
+    rustix::io::fcntl_setfd(borrowed, FdFlags::CLOEXEC)?;
     // SAFETY: it is open, as fcntl has just shown; the program was given it for this and nobody else adopts it.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
 /// Makes the child a session of its own between fork and exec, and hands it a descriptor.
-pub(crate) fn detach(command: &mut Command, keep: i32) {
+///
+/// # Errors
+/// The system's.
+pub(crate) fn detach(command: &mut Command, keep: RawFd) -> io::Result<()> {
+    let others = inheritable()?;
     // SAFETY: system calls only, all async-signal-safe; the caller keeps the descriptor open until after the spawn.
     unsafe {
         command.pre_exec(move || {
             rustix::process::setsid()?;
-            let keep = std::os::fd::BorrowedFd::borrow_raw(keep);
-            rustix::io::fcntl_setfd(keep, rustix::io::FdFlags::empty())?;
-            Ok(())
+            keep_only(keep, &others)
         });
     }
+    Ok(())
 }

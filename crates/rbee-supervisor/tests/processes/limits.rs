@@ -1,0 +1,131 @@
+//! A machine without room: typed errors, nothing half made, and work again when there is room.
+
+use std::fs::File;
+use std::process::Command;
+
+use rbee_supervisor::{SpawnSpec, limit_address_space};
+use rbee_wire::ErrorCode;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+
+use crate::rig::{Rig, alone, block_on, descriptors, own_children, own_program, role, role_args, shell, until};
+
+/// Lowers a limit of this process; gives the one it had.
+fn lower(resource: Resource, limit: u64) -> Rlimit {
+    let before = getrlimit(resource);
+    setrlimit(resource, Rlimit { current: Some(limit), ..before }).unwrap();
+    before
+}
+
+/// Tries to start a worker; whether there was room. Without room nothing is left of the try.
+async fn there_is_room(rig: &Rig, held: &mut Vec<File>) -> bool {
+    let spawned = rig.supervisor.spawn(shell("exec sleep 1000")).await;
+    // What looks needs descriptors too.
+    held.clear();
+    match spawned {
+        Ok(process) => {
+            rig.supervisor.kill(&process.worker_id);
+            rig.exit(&process.worker_id).await;
+            true
+        }
+        Err(error) => {
+            assert_eq!(error.to_body().code, ErrorCode::HiveExhausted, "{error:?}");
+            assert_eq!(rig.supervisor.list(), []);
+            assert_eq!(own_children(), [0u32; 0]);
+            false
+        }
+    }
+}
+
+#[test]
+fn without_descriptors_a_spawn_is_refused_and_leaves_nothing() {
+    alone(&["hive without descriptors"]);
+}
+
+/// Leaves one more descriptor free at each try, so that each step of a spawn is once the one that fails.
+pub fn hive_without_descriptors() {
+    block_on(async {
+        // What is made once is made by the first.
+        let warm = Rig::new();
+        let mut held = Vec::new();
+        assert!(there_is_room(&warm, &mut held).await);
+        let open = || descriptors(std::process::id()).len();
+        let before = open();
+        lower(Resource::Nofile, 64);
+        let mut refused = 0;
+        for free in 0.. {
+            let rig = Rig::new();
+            while let Ok(file) = File::open("/dev/null") {
+                held.push(file);
+            }
+            held.truncate(held.len() - free);
+            if there_is_room(&rig, &mut held).await {
+                break;
+            }
+            refused += 1;
+            assert!(there_is_room(&rig, &mut held).await, "room again, and still refused");
+            drop(rig);
+            until("all closed again", || open() == before).await;
+        }
+        // The pipe's two ends, three ends of output, the look at what is open, the pidfd.
+        assert!(refused >= 5, "only {refused} steps could fail");
+    });
+}
+
+#[test]
+fn without_room_for_its_own_thread_a_supervisor_recovers() {
+    alone(&["hive without room for a thread"]);
+}
+
+pub fn hive_without_room_for_a_thread() {
+    block_on(async {
+        let rig = Rig::new();
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let size = status.lines().find_map(|line| line.strip_prefix("VmSize:")).unwrap();
+        let kib: u64 = size.trim().trim_end_matches(" kB").parse().unwrap();
+        // Enough for what is allocated on the way, too little for a thread's stack.
+        let before = lower(Resource::As, (kib << 10) + (1 << 20));
+        assert!(!there_is_room(&rig, &mut Vec::new()).await);
+        setrlimit(Resource::As, before).unwrap();
+        assert!(there_is_room(&rig, &mut Vec::new()).await);
+    });
+}
+
+const MIB: u64 = 1 << 20;
+
+/// The exit code of a worker that allocates so much under this limit.
+async fn allocates(bytes: u64, address_space: Option<u64>) -> Option<i32> {
+    let rig = Rig::new();
+    let spec = SpawnSpec { address_space, ..role(&["allocate", &bytes.to_string()]) };
+    let worker = rig.start(spec).await.worker_id;
+    rig.exit(&worker).await.code
+}
+
+#[tokio::test]
+async fn a_worker_cannot_allocate_beyond_its_address_space() {
+    assert_eq!(allocates(256 * MIB, Some(1024 * MIB)).await, Some(0));
+    assert_eq!(allocates(2048 * MIB, Some(1024 * MIB)).await, Some(77));
+    assert_eq!(allocates(2048 * MIB, None).await, Some(0), "the limit is the worker's alone");
+    assert_eq!(allocates(2048 * MIB, Some(u64::MAX)).await, Some(0));
+}
+
+#[test]
+fn a_command_can_be_limited_as_a_worker_is() {
+    let allocates = |bytes: u64| {
+        let mut command = Command::new(own_program());
+        command.args(role_args(&["allocate", &bytes.to_string()]));
+        limit_address_space(&mut command, 1024 * MIB);
+        command.output().unwrap().status.code()
+    };
+    assert_eq!(allocates(256 * MIB), Some(0));
+    assert_eq!(allocates(2048 * MIB), Some(77));
+}
+
+#[tokio::test]
+async fn a_limit_that_leaves_no_room_for_the_program_is_an_end_like_any_other() {
+    let rig = Rig::new();
+    let spec = SpawnSpec { address_space: Some(4096), ..role(&["worker"]) };
+    // Whether the system refuses the program or ends it, nothing runs and nobody hangs.
+    if let Ok(process) = rig.supervisor.spawn(spec).await {
+        assert_ne!(rig.exit(&process.worker_id).await.code, Some(0));
+    }
+}
