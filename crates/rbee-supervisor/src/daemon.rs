@@ -93,7 +93,7 @@ pub fn start(spec: &DaemonSpec, there: impl FnOnce() -> bool) -> Result<Start, E
         .stdin(Stdio::null())
         .stdout(log)
         .stderr(both);
-    detach(&mut command, writer.as_raw_fd()).map_err(|error| failed("its descriptors", &error))?;
+    detach(&mut command, writer.as_raw_fd());
     let mut child = command.spawn().map_err(|error| failed(&spec.program.display().to_string(), &error))?;
     drop(writer);
 

@@ -5,6 +5,7 @@
 #![expect(unsafe_code, reason = "work between fork and exec")]
 
 use std::io::{self, Read};
+use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::os::unix::process::{CommandExt, ExitStatusExt};
@@ -13,6 +14,7 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use rustix::fs::{Mode, OFlags, RawDir};
 use rustix::io::FdFlags;
 use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, getrlimit, setrlimit};
 use tokio::io::unix::AsyncFd;
@@ -83,7 +85,6 @@ fn spawn_here(Spawn { mut command, control, address_space }: Spawn) -> io::Resul
     if let Some(bytes) = address_space {
         limit_address_space(&mut command, bytes);
     }
-    let others = inheritable()?;
     // SAFETY: the closure runs between fork and exec and makes system calls only, all async-signal-safe; it
     // allocates nothing. `control` is open until after the spawn, so the borrowed descriptor is valid.
     unsafe {
@@ -93,7 +94,7 @@ fn spawn_here(Spawn { mut command, control, address_space }: Spawn) -> io::Resul
             if rustix::process::getppid() != Some(parent) {
                 return Err(io::ErrorKind::NotConnected.into());
             }
-            keep_only(fd, &others)
+            keep_only(fd)
         });
     }
     let leader = Leader { child: command.spawn()?, reaped: false };
@@ -103,29 +104,23 @@ fn spawn_here(Spawn { mut command, control, address_space }: Spawn) -> io::Resul
     Ok((leader, pidfd))
 }
 
-/// Descriptors beside stdio that a child would inherit: what whoever started this program left open, or a library of
-/// another language opened.
-fn inheritable() -> io::Result<Vec<RawFd>> {
-    let mut found = Vec::new();
-    for entry in std::fs::read_dir("/proc/self/fd")? {
-        let Some(fd) = entry?.file_name().to_str().and_then(|name| name.parse().ok()) else { continue };
-        // SAFETY: fcntl on a number that is no descriptor any more fails and touches nothing.
-        let flags = rustix::io::fcntl_getfd(unsafe { BorrowedFd::borrow_raw(fd) });
-        if fd > 2 && flags.is_ok_and(|flags| !flags.contains(FdFlags::CLOEXEC)) {
-            found.push(fd);
-        }
-    }
-    Ok(found)
-}
-
-/// Leaves one descriptor beside stdio to what is executed next, and of the others none.
+/// Leaves one descriptor beside stdio to what is executed next, and of the others none: neither what whoever started
+/// this program left open nor what a library of another language opens at this moment.
 ///
 /// # Safety
-/// To be called between fork and exec, with `keep` open. It makes system calls only, all async-signal-safe.
-unsafe fn keep_only(keep: RawFd, others: &[RawFd]) -> io::Result<()> {
-    for &fd in others {
-        // SAFETY: as in `inheritable`; this is the only thread of the child.
-        let _ = rustix::io::fcntl_setfd(unsafe { BorrowedFd::borrow_raw(fd) }, FdFlags::CLOEXEC);
+/// To be called between fork and exec, with `keep` open. It makes system calls only, all async-signal-safe, and
+/// allocates nothing.
+unsafe fn keep_only(keep: RawFd) -> io::Result<()> {
+    let folder = rustix::fs::open(c"/proc/self/fd", OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    let mut buffer = [MaybeUninit::uninit(); 2048];
+    let mut entries = RawDir::new(&folder, &mut buffer);
+    while let Some(entry) = entries.next() {
+        let entry = entry?;
+        let Some(fd) = entry.file_name().to_str().ok().and_then(|name| name.parse().ok()) else { continue };
+        if fd > 2 {
+            // SAFETY: it is open, as the folder has just said, and this is the only thread of the child.
+            rustix::io::fcntl_setfd(unsafe { BorrowedFd::borrow_raw(fd) }, FdFlags::CLOEXEC)?;
+        }
     }
     // SAFETY: the caller has it open.
     rustix::io::fcntl_setfd(unsafe { BorrowedFd::borrow_raw(keep) }, FdFlags::empty())?;
@@ -290,17 +285,12 @@ pub(crate) fn adopt(fd: i32) -> io::Result<OwnedFd> {
 }
 
 /// Makes the child a session of its own between fork and exec, and hands it a descriptor.
-///
-/// # Errors
-/// The system's.
-pub(crate) fn detach(command: &mut Command, keep: RawFd) -> io::Result<()> {
-    let others = inheritable()?;
+pub(crate) fn detach(command: &mut Command, keep: RawFd) {
     // SAFETY: system calls only, all async-signal-safe; the caller keeps the descriptor open until after the spawn.
     unsafe {
         command.pre_exec(move || {
             rustix::process::setsid()?;
-            keep_only(keep, &others)
+            keep_only(keep)
         });
     }
-    Ok(())
 }

@@ -67,13 +67,19 @@ async fn a_worker_inherits_its_stdio_and_its_control_pipe_alone() {
     let second = rig.start(shell("exec sleep 1000")).await;
     drop(left_open);
     for process in [&first, &second] {
-        let name = format!("/proc/{}/comm", process.pid);
-        until("asleep", || std::fs::read_to_string(&name).is_ok_and(|name| name == "sleep\n")).await;
-        let environment = std::fs::read_to_string(format!("/proc/{}/environ", process.pid)).unwrap();
-        let control = environment.split('\0').find_map(|entry| entry.strip_prefix("RBEE_CONTROL_FD=")).unwrap();
-        let open = descriptors(process.pid);
-        let kinds: Vec<(i32, &str)> = open.iter().map(|(fd, what)| (*fd, what.split(':').next().unwrap())).collect();
-        assert_eq!(kinds, [(0, "/dev/null"), (1, "pipe"), (2, "pipe"), (control.parse().unwrap(), "socket")]);
+        let environment = || std::fs::read_to_string(format!("/proc/{}/environ", process.pid)).ok();
+        let control = || {
+            let fd = environment()?.split('\0').find_map(|entry| entry.strip_prefix("RBEE_CONTROL_FD=")?.parse().ok());
+            fd.map(|fd| (fd, "socket".to_owned()))
+        };
+        let stdio = [(0, "/dev/null".to_owned()), (1, "pipe".to_owned()), (2, "pipe".to_owned())];
+        // Programs open files of their own as they begin, and close them.
+        until("stdio and the control pipe alone", || {
+            let open = descriptors(process.pid).into_iter();
+            let kinds = open.map(|(fd, what)| (fd, what.split(':').next().unwrap_or_default().to_owned()));
+            control().is_some_and(|control| kinds.eq(stdio.iter().cloned().chain([control])))
+        })
+        .await;
     }
     for process in [first, second] {
         rig.supervisor.kill(&process.worker_id);
@@ -147,6 +153,27 @@ async fn a_worker_outlives_the_thread_that_asked_for_it() {
     rig.supervisor.drain(&worker, Duration::from_secs(5));
     let exit = rig.exit(&worker).await;
     assert_eq!((exit.code, exit.signal, exit.reason.as_str()), (Some(0), None, "retired"), "{}", rig.log(&worker));
+    assert_eq!(rig.supervisor.get(&worker).unwrap().restarts, 0);
+}
+
+#[test]
+fn a_spawn_that_nobody_waits_for_leaves_no_process() {
+    alone(&["hive whose caller goes away"]);
+}
+
+pub fn hive_whose_caller_goes_away() {
+    block_on(async {
+        let rig = Rig::new();
+        tokio::select! {
+            biased;
+            _ = rig.supervisor.spawn(shell("exec sleep 1000")) => unreachable!("no process is made that fast"),
+            () = std::future::ready(()) => {}
+        }
+        // Processes are started one after the other: the first was there before this one.
+        let second = rig.start(shell("exec sleep 1000")).await;
+        assert_eq!(own_children(), [second.pid]);
+        assert_eq!(rig.supervisor.list().len(), 1);
+    });
 }
 
 #[tokio::test]

@@ -66,7 +66,7 @@ pub fn hive_without_descriptors() {
             drop(rig);
             until("all closed again", || open() == before).await;
         }
-        // The pipe's two ends, three ends of output, the look at what is open, the pidfd.
+        // The control pipe alone has two ends, and the output four.
         assert!(refused >= 5, "only {refused} steps could fail");
     });
 }

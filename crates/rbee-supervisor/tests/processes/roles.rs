@@ -1,6 +1,7 @@
 //! What this program is when it is started again by one of its own tests.
 
 use std::io::Write;
+use std::os::fd::AsRawFd;
 use std::path::Path;
 use std::time::Duration;
 
@@ -28,6 +29,7 @@ fn play() {
         "allocate" => allocate(args[0].parse().unwrap()),
         "daemon" => a_daemon(&args[0], Path::new(&args[1])),
         "hive of many lives" => leftovers::hive_of_many_lives(),
+        "hive whose caller goes away" => leftovers::hive_whose_caller_goes_away(),
         "hive that dies" => leftovers::hive_that_dies(Path::new(&args[0])),
         "hive without descriptors" => limits::hive_without_descriptors(),
         "hive without room for a thread" => limits::hive_without_room_for_a_thread(),
@@ -87,9 +89,14 @@ fn a_daemon(kind: &str, folder: &Path) {
     match kind {
         "listens" => daemon::announce_ready("http://127.0.0.1:1"),
         "listens and fails later" => {
+            let number: i32 = std::env::var("RBEE_READY_FD").unwrap().parse().unwrap();
             daemon::announce_ready("http://127.0.0.1:1");
-            // It gets the number that the readiness pipe had.
-            let _later = std::fs::File::create(folder.join("later")).unwrap();
+            // One of them gets the number that the readiness pipe had.
+            let later = || std::fs::File::create(folder.join("later")).unwrap();
+            let mut files = vec![later()];
+            while files.iter().all(|file| file.as_raw_fd() != number) {
+                files.push(later());
+            }
             daemon::announce_failure(&refusal());
             std::fs::write(folder.join("failed"), "").unwrap();
         }
