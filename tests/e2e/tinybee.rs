@@ -56,6 +56,20 @@ fn the_same_seed_gives_the_same_text_alone_and_among_others() {
     assert!(among.iter().all(|text| *text == alone), "{alone:?} {among:#?}");
 }
 
+#[test]
+fn a_prompt_that_was_there_before_is_not_computed_again_and_gives_the_same_text() {
+    let cluster = Setup::real().warm();
+    let prompt = "Once upon a time there was a little bee who lived in a garden with many flowers and many friends.";
+    let job = json!({ "operation": "infer", "prompt": prompt, "max_tokens": 20, "temperature": 0 });
+    let told: Vec<_> = (0..2).map(|_| cluster.job(&job)).collect();
+    let usage = told.iter().map(|told| told.done().usage.unwrap()).collect::<Vec<_>>();
+    assert_eq!(usage[0].cached_tokens, 0);
+    assert!(usage[1].cached_tokens >= 16 && usage[1].cached_tokens < usage[1].prompt_tokens, "{usage:?}");
+    assert_eq!(told[0].text(), told[1].text());
+    let timings = told[1].done().timings.unwrap();
+    assert!(timings.decode_ms > 0.0 && timings.prefill_ms >= 0.0 && timings.tokens_per_s < 1e6, "{timings:?}");
+}
+
 /// Things that people ask a small model, and that it was made for.
 const PROMPTS: [&str; 30] = [
     "Write a story about a fox",

@@ -106,7 +106,6 @@ impl Spawner {
                 args: self.worker_args.clone(),
                 charge: Arc::new(self.charge(spawn, device)),
                 reserved: needed,
-                address_space: None,
             };
             let process = self.supervisor.spawn(spec).await.map_err(|error| error.to_body())?;
             let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);

@@ -18,4 +18,4 @@ mod unix;
 
 pub use daemon::build_id;
 pub use supervisor::{SpawnSpec, Supervisor, SupervisorError};
-pub use unix::{limit_address_space, run_bounded};
+pub use unix::run_bounded;

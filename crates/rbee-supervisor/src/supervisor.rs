@@ -67,8 +67,6 @@ pub struct SpawnSpec {
     pub charge: Arc<dyn Fn() -> WorkerCharge + Send + Sync>,
     /// Bytes reserved for it on its device.
     pub reserved: u64,
-    /// Most bytes of its address space; `None` leaves the limit of the hive.
-    pub address_space: Option<u64>,
 }
 
 enum Order {
@@ -518,7 +516,7 @@ async fn start(spec: &SpawnSpec, charge: &WorkerCharge, capture: &Capture) -> Re
     let (mut pipe, control) = HiveEnd::pair().map_err(failed)?;
     let mut command = std::process::Command::new(&spec.program);
     command.args(&spec.args).stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).current_dir("/");
-    let mut process = spawn(Spawn { command, control, address_space: spec.address_space }).await.map_err(failed)?;
+    let mut process = spawn(Spawn { command, control }).await.map_err(failed)?;
     for output in process.take_output().into_iter().flatten() {
         capture.follow(output);
     }

@@ -16,7 +16,7 @@ use std::time::{Duration, Instant};
 
 use rustix::fs::{Mode, OFlags, RawDir};
 use rustix::io::FdFlags;
-use rustix::process::{Pid, PidfdFlags, Resource, Rlimit, Signal, getrlimit, setrlimit};
+use rustix::process::{Pid, PidfdFlags, Signal};
 use tokio::io::unix::AsyncFd;
 
 /// Names the descriptor of the control pipe in a worker's environment.
@@ -38,7 +38,6 @@ struct Leader {
 pub(crate) struct Spawn {
     pub(crate) command: Command,
     pub(crate) control: UnixStream,
-    pub(crate) address_space: Option<u64>,
 }
 
 /// A spawned child and its pidfd.
@@ -78,13 +77,10 @@ pub(crate) async fn spawn(spawn: Spawn) -> io::Result<WorkerProcess> {
     Ok(WorkerProcess { leader, pidfd })
 }
 
-fn spawn_here(Spawn { mut command, control, address_space }: Spawn) -> io::Result<Spawned> {
+fn spawn_here(Spawn { mut command, control }: Spawn) -> io::Result<Spawned> {
     let fd = control.as_raw_fd();
     let parent = rustix::process::getpid();
     command.env(CONTROL_FD, fd.to_string()).process_group(0);
-    if let Some(bytes) = address_space {
-        limit_address_space(&mut command, bytes);
-    }
     // SAFETY: the closure runs between fork and exec and makes system calls only, all async-signal-safe; it
     // allocates nothing. `control` is open until after the spawn, so the borrowed descriptor is valid.
     unsafe {
@@ -125,18 +121,6 @@ unsafe fn keep_only(keep: RawFd) -> io::Result<()> {
     // SAFETY: the caller has it open.
     rustix::io::fcntl_setfd(unsafe { BorrowedFd::borrow_raw(keep) }, FdFlags::empty())?;
     Ok(())
-}
-
-/// Limits the address space of what this command starts, and of all that it forks: an allocation beyond it fails
-/// there instead of taking the machine's memory. Mapped files, thread stacks and the allocator's reserves count.
-pub fn limit_address_space(command: &mut Command, bytes: u64) {
-    // Nobody but root may raise a limit, and nobody has to.
-    let bytes = getrlimit(Resource::As).maximum.map_or(bytes, |most| bytes.min(most));
-    let limit = Rlimit { current: Some(bytes), maximum: Some(bytes) };
-    // SAFETY: one system call between fork and exec, async-signal-safe; nothing is allocated.
-    unsafe {
-        command.pre_exec(move || Ok(setrlimit(Resource::As, limit)?));
-    }
 }
 
 impl WorkerProcess {

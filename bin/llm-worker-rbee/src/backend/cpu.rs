@@ -80,7 +80,8 @@ fn kv_type(text: Option<&str>) -> Result<Option<KvType>, ErrorBody> {
 /// When its files cannot be used.
 pub fn inspect(model: &ModelRef, ctx: Option<u32>, slots: u32, kv: Option<&str>) -> Result<Needs, ErrorBody> {
     let files = files(model)?;
-    rbee_models::inspect(&files, ctx.map(|ctx| ctx as usize), slots as usize, kv_type(kv)?)
+    let (context, kv) = (ctx.map(|ctx| ctx as usize), kv_type(kv)?);
+    crate::memory::bounded(parse_bound(model, &files)?, || rbee_models::inspect(&files, context, slots as usize, kv))
         .map_err(|error| files_error(model, &error))
 }
 
@@ -111,6 +112,12 @@ struct Parsed {
 /// Address space that parsing may take beyond what the process has: this much, and so many times the files' own size.
 const PARSE_ROOM: u64 = 512 << 20;
 const PARSE_GROWTH: u64 = 16;
+
+/// Address space for parsing a model's files.
+fn parse_bound(model: &ModelRef, files: &ModelFiles) -> Result<u64, ErrorBody> {
+    let (parsed, mapped) = files.sizes().map_err(|error| files_error(model, &error))?;
+    Ok(PARSE_ROOM.saturating_add(PARSE_GROWTH.saturating_mul(parsed)).saturating_add(mapped))
+}
 
 /// Reads and checks everything but the weights' values.
 fn parse(model: &ModelRef, files: &ModelFiles, options: &RunnerOptions) -> Result<Parsed, ErrorBody> {
@@ -148,9 +155,7 @@ pub(super) fn load(
     };
     let failed = |error: Error| files_error(model, &error);
     // All that is parsed comes first, within bounds: a folder that is not a model's is refused before gigabytes are read.
-    let (parsed, mapped) = files.sizes().map_err(|error| files_error(model, &error))?;
-    let bound = PARSE_ROOM.saturating_add(PARSE_GROWTH.saturating_mul(parsed)).saturating_add(mapped);
-    let parsed = crate::memory::bounded(bound, || parse(model, &files, &options))?;
+    let parsed = crate::memory::bounded(parse_bound(model, &files)?, || parse(model, &files, &options))?;
     let runner = rbee_models::load(&files, &options, steps, &|done, total| {
         progress(LoadProgress { stage: "load".into(), done, total, unit: "bytes".into() });
     })

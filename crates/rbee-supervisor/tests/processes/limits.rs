@@ -1,13 +1,11 @@
 //! A machine without room: typed errors, nothing half made, and work again when there is room.
 
 use std::fs::File;
-use std::process::Command;
 
-use rbee_supervisor::{SpawnSpec, limit_address_space};
 use rbee_wire::ErrorCode;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-use crate::rig::{Rig, alone, block_on, descriptors, own_children, own_program, role, role_args, shell, until};
+use crate::rig::{Rig, alone, block_on, descriptors, own_children, shell, until};
 
 /// Lowers a limit of this process; gives the one it had.
 fn lower(resource: Resource, limit: u64) -> Rlimit {
@@ -88,44 +86,4 @@ pub fn hive_without_room_for_a_thread() {
         setrlimit(Resource::As, before).unwrap();
         assert!(there_is_room(&rig, &mut Vec::new()).await);
     });
-}
-
-const MIB: u64 = 1 << 20;
-
-/// The exit code of a worker that allocates so much under this limit.
-async fn allocates(bytes: u64, address_space: Option<u64>) -> Option<i32> {
-    let rig = Rig::new();
-    let spec = SpawnSpec { address_space, ..role(&["allocate", &bytes.to_string()]) };
-    let worker = rig.start(spec).await.worker_id;
-    rig.exit(&worker).await.code
-}
-
-#[tokio::test]
-async fn a_worker_cannot_allocate_beyond_its_address_space() {
-    assert_eq!(allocates(256 * MIB, Some(1024 * MIB)).await, Some(0));
-    assert_eq!(allocates(2048 * MIB, Some(1024 * MIB)).await, Some(77));
-    assert_eq!(allocates(2048 * MIB, None).await, Some(0), "the limit is the worker's alone");
-    assert_eq!(allocates(2048 * MIB, Some(u64::MAX)).await, Some(0));
-}
-
-#[test]
-fn a_command_can_be_limited_as_a_worker_is() {
-    let allocates = |bytes: u64| {
-        let mut command = Command::new(own_program());
-        command.args(role_args(&["allocate", &bytes.to_string()]));
-        limit_address_space(&mut command, 1024 * MIB);
-        command.output().unwrap().status.code()
-    };
-    assert_eq!(allocates(256 * MIB), Some(0));
-    assert_eq!(allocates(2048 * MIB), Some(77));
-}
-
-#[tokio::test]
-async fn a_limit_that_leaves_no_room_for_the_program_is_an_end_like_any_other() {
-    let rig = Rig::new();
-    let spec = SpawnSpec { address_space: Some(4096), ..role(&["worker"]) };
-    // Whether the system refuses the program or ends it, nothing runs and nobody hangs.
-    if let Ok(process) = rig.supervisor.spawn(spec).await {
-        assert_ne!(rig.exit(&process.worker_id).await.code, Some(0));
-    }
 }

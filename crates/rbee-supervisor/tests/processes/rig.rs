@@ -109,7 +109,7 @@ fn spec(program: PathBuf, args: Vec<String>) -> SpawnSpec {
             kv_type: None,
         }
     };
-    SpawnSpec { program, args, charge: Arc::new(charge), reserved: 0, address_space: None }
+    SpawnSpec { program, args, charge: Arc::new(charge), reserved: 0 }
 }
 
 /// A worker that is a few lines of shell.

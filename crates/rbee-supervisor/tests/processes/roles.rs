@@ -26,7 +26,6 @@ fn play() {
             worker();
         }
         "say" => say(&args[0], &args[1]),
-        "allocate" => allocate(args[0].parse().unwrap()),
         "daemon" => a_daemon(&args[0], Path::new(&args[1])),
         "hive of many lives" => leftovers::hive_of_many_lives(),
         "hive whose caller goes away" => leftovers::hive_whose_caller_goes_away(),
@@ -68,17 +67,6 @@ fn say(line: &str, then: &str) {
         "and stay" => std::thread::sleep(LONGEST_LIFE),
         other => unreachable!("{other}"),
     }
-}
-
-/// Exits with 0 when there is room for so many bytes, with 77 when there is not.
-fn allocate(bytes: usize) {
-    let mut room: Vec<u8> = Vec::new();
-    let code = match room.try_reserve_exact(bytes) {
-        Ok(()) => 0,
-        Err(_) => 77,
-    };
-    std::hint::black_box(&room);
-    std::process::exit(code);
 }
 
 fn a_daemon(kind: &str, folder: &Path) {
