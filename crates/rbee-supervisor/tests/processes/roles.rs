@@ -2,6 +2,7 @@
 
 use std::io::Write;
 use std::os::fd::AsRawFd;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::time::Duration;
 
@@ -10,7 +11,7 @@ use rbee_supervisor::daemon;
 use rbee_wire::worker::{ControlDown, ControlUp, WorkerMemory};
 use rbee_wire::{ErrorBody, ErrorCode};
 
-use crate::rig::LONGEST_LIFE;
+use crate::rig::{LONGEST_LIFE, own_program, role_args};
 use crate::{leftovers, limits};
 
 /// Does nothing unless this process was started to play a role.
@@ -22,8 +23,10 @@ fn play() {
     match role.as_str() {
         "worker" => worker(),
         "worker without a death signal" => {
+            // The signal is set for a thread, and of those only the one that executes goes on.
             rustix::process::set_parent_process_death_signal(None).unwrap();
-            worker();
+            let error = std::process::Command::new(own_program()).args(role_args(&["worker"])).exec();
+            unreachable!("{error}");
         }
         "say" => say(&args[0], &args[1]),
         "daemon" => a_daemon(&args[0], Path::new(&args[1])),
