@@ -63,8 +63,8 @@ async fn a_worker_inherits_its_stdio_and_its_control_pipe_alone() {
     let rig = Rig::new();
     // As a shell or a library may leave it: open to whatever is executed.
     let left_open = rustix::io::dup(std::fs::File::open("/dev/zero").unwrap()).unwrap();
-    let first = rig.start(shell("exec sleep 1000")).await;
-    let second = rig.start(shell("exec sleep 1000")).await;
+    let first = rig.start(shell("exec sleep 30")).await;
+    let second = rig.start(shell("exec sleep 30")).await;
     drop(left_open);
     for process in [&first, &second] {
         let environment = || std::fs::read_to_string(format!("/proc/{}/environ", process.pid)).ok();
@@ -93,7 +93,7 @@ async fn what_a_worker_forked_ends_with_it() {
     let check = async |end: &str| {
         let rig = Rig::new();
         let file = rig.folder.path().join("pids");
-        let script = format!("sleep 1000 & echo $! >> {}; {end}", file.display());
+        let script = format!("sleep 30 & echo $! >> {}; {end}", file.display());
         let worker = rig.start(shell(&script)).await.worker_id;
         let forked = until_some("its child", || numbers(&file).first().copied()).await;
         if end == "wait" {
@@ -134,7 +134,7 @@ async fn no_worker_outlives_a_hive_that_is_killed() {
 pub fn hive_that_dies(file: &Path) {
     block_on(async {
         let rig = Rig::new();
-        let deaf = rig.start(shell("exec sleep 1000")).await;
+        let deaf = rig.start(shell("exec sleep 30")).await;
         let listening = rig.start(role(&["worker without a death signal"])).await;
         rig.until_ready(&listening.worker_id).await;
         std::fs::write(file, format!("{}\n{}\n", deaf.pid, listening.pid)).unwrap();
@@ -166,11 +166,11 @@ pub fn hive_whose_caller_goes_away() {
         let rig = Rig::new();
         tokio::select! {
             biased;
-            _ = rig.supervisor.spawn(shell("exec sleep 1000")) => unreachable!("no process is made that fast"),
+            _ = rig.supervisor.spawn(shell("exec sleep 30")) => unreachable!("no process is made that fast"),
             () = std::future::ready(()) => {}
         }
         // Processes are started one after the other: the first was there before this one.
-        let second = rig.start(shell("exec sleep 1000")).await;
+        let second = rig.start(shell("exec sleep 30")).await;
         assert_eq!(own_children(), [second.pid]);
         assert_eq!(rig.supervisor.list().len(), 1);
     });
@@ -181,7 +181,7 @@ async fn a_new_hive_kills_what_a_former_one_left_and_nobody_else() {
     let folder = tempfile::tempdir().unwrap();
     let (logs, lives) = (folder.path().join("logs"), folder.path().join("lives"));
     std::fs::create_dir(&lives).unwrap();
-    let asleep = || Command::new("sleep").arg("1000").process_group(0).spawn().unwrap();
+    let asleep = || Command::new("sleep").arg("30").process_group(0).spawn().unwrap();
     let (mut left, mut other) = (asleep(), asleep());
     let started = |pid: u32| -> u64 {
         let stat = std::fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();

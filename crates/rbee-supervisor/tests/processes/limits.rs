@@ -16,7 +16,7 @@ fn lower(resource: Resource, limit: u64) -> Rlimit {
 
 /// Tries to start a worker; whether there was room. Without room nothing is left of the try.
 async fn there_is_room(rig: &Rig, held: &mut Vec<File>) -> bool {
-    let spawned = rig.supervisor.spawn(shell("exec sleep 1000")).await;
+    let spawned = rig.supervisor.spawn(shell("exec sleep 30")).await;
     // What looks needs descriptors too.
     held.clear();
     match spawned {

@@ -34,7 +34,7 @@ async fn the_reported_end_of_the_output_is_short_and_harmless() {
 #[tokio::test]
 async fn a_log_is_bounded_on_disk_and_private() {
     let rig = Rig::new();
-    let script = "yes a line of many | head -c 3000000; echo the last line; exec sleep 1000";
+    let script = "yes a line of many | head -c 3000000; echo the last line; exec sleep 30";
     let worker = rig.start(shell(script)).await.worker_id;
     rig.until_logged(&worker, "the last line").await;
     let logs = rig.folder.path().join("logs");

@@ -54,7 +54,7 @@ fn worker() {
         },
         || std::process::exit(0),
     );
-    for steps in 0.. {
+    for steps in 0..600 {
         end.send(&ControlUp::Beat { steps, working: false });
         std::thread::sleep(Duration::from_millis(50));
     }
