@@ -8,7 +8,7 @@ use rbee_models::{KvType, RunnerOptions};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::reference::fixtures;
+use crate::reference::{TOLERANCE, fixtures};
 use crate::support::{argmax, blocks, followed, logits, runner, with_kv};
 
 #[derive(Deserialize)]
@@ -27,9 +27,6 @@ struct Case {
     /// After all but the last greedy token.
     last: Vec<f32>,
 }
-
-/// The largest error of a logit that is left over from other orders of summation.
-const TOLERANCE: f32 = 1e-4;
 
 fn all() -> Vec<PathBuf> {
     let mut folders: Vec<PathBuf> =

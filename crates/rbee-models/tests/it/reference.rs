@@ -28,7 +28,7 @@ fn golden(path: &Path) -> Golden {
 }
 
 /// The largest error of a logit that is left over from other orders of summation.
-const TOLERANCE: f32 = 1e-4;
+pub const TOLERANCE: f32 = 1e-4;
 
 /// The largest error of any logit, and whether all greedy tokens are the reference's.
 fn compare(folder: &Path, golden: &Golden) -> (f32, bool) {

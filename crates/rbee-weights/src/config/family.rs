@@ -8,6 +8,9 @@ use crate::Error;
 /// Most experts of a layer.
 const MAX_EXPERTS: usize = 1 << 10;
 
+/// Most experts of all layers together: four times what the largest open models have.
+const MAX_ALL_EXPERTS: usize = 1 << 16;
+
 /// A model family, by `model_type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Family {
@@ -297,6 +300,9 @@ impl Family {
             None => read.need("num_experts", MAX_EXPERTS)?,
         };
         let picked = read.need("num_experts_per_tok", MAX_EXPERTS)?;
+        if experts * count > MAX_ALL_EXPERTS {
+            return Err(Error::unsupported(CONFIG, format!("{experts} experts in each of {count} layers")));
+        }
         if picked > experts {
             return Err(Error::corrupt(CONFIG, format!("{picked} of {experts} experts cannot be picked")));
         }
