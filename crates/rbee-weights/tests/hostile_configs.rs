@@ -31,6 +31,7 @@ fn odd() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
         4 => numbers,
         1 => Just(Value::Null),
+        2 => prop::collection::vec(0.5f64..4.0, 0..12).prop_map(|list| json!(list)),
         1 => any::<bool>().prop_map(|flag| json!(flag)),
         1 => prop::sample::select(vec!["", "yarn", "longrope", "llama3", "su", "gelu", "full_attention", "mixtral", "\u{0}"])
             .prop_map(|text| json!(text)),
@@ -63,7 +64,7 @@ proptest! {
     #[test]
     fn a_tampered_config_is_an_error_or_a_model(
         which in any::<prop::sample::Index>(),
-        changes in prop::collection::vec((any::<prop::sample::Index>(), odd()), 1..4),
+        changes in prop::collection::vec((any::<prop::sample::Index>(), odd()), 1..3),
         more in prop::collection::vec((
             prop::sample::select(vec!["rope_scaling", "rope_parameters", "layer_types", "no_rope_layers", "head_dim",
                 "num_experts", "num_local_experts", "sliding_window", "max_window_layers", "partial_rotary_factor"]),
@@ -72,9 +73,17 @@ proptest! {
     ) {
         let all = fixtures();
         let mut config = all[which.index(all.len())].clone();
-        let keys: Vec<String> = config.as_object().unwrap().keys().cloned().collect();
+        let mut keys: Vec<String> = config.as_object().unwrap().keys().cloned().collect();
+        // Ropes have the most to get wrong.
+        keys.extend(["rope_scaling", "rope_parameters"].repeat(6).into_iter().filter(|key| config[*key].is_object()).map(str::to_owned));
         for (key, value) in changes {
-            config[&keys[key.index(keys.len())]] = value;
+            let place = &mut config[&keys[key.index(keys.len())]];
+            let inner = place.as_object().map_or(1, |inner| inner.len().max(1));
+            // In an object, one of its own keys.
+            match place.as_object_mut().and_then(|all| all.values_mut().nth(key.index(inner))) {
+                Some(inner) => *inner = value,
+                None => *place = value,
+            }
         }
         for (key, value) in more {
             config[key] = value;
