@@ -151,6 +151,16 @@ impl Packed {
         n.next_multiple_of(PANEL as u64) * k * kind.size() as u64
     }
 
+    /// Bytes that these weights have in memory.
+    pub fn held(&self) -> u64 {
+        let bytes = match &self.data {
+            Data::F32(data) => size_of_val(&data[..]),
+            Data::F16(data) => size_of_val(&data[..]),
+            Data::Bf16(data) => size_of_val(&data[..]),
+        };
+        bytes as u64
+    }
+
     /// Row `i` (the weights of output `i`) as f32.
     ///
     /// # Panics

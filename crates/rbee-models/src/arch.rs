@@ -89,6 +89,13 @@ impl Plan {
         self.layers.iter().flat_map(LayerPlan::matrices).chain([&self.embedding]).chain(&self.head)
     }
 
+    /// Values of all norms and biases, which are kept in f32.
+    pub(crate) fn vectors(&self) -> usize {
+        let norms = self.layers.iter().flat_map(LayerPlan::norms).chain([&self.norm]).map(|norm| norm.len);
+        let biases = self.matrices().flat_map(|matrix| matrix.biases().map(|(_, len)| len));
+        norms.chain(biases).sum()
+    }
+
     /// Name and shape of every tensor.
     pub(crate) fn tensors(&self) -> Vec<(String, Vec<usize>)> {
         let norms = self.layers.iter().flat_map(LayerPlan::norms).chain([&self.norm]);

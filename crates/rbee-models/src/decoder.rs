@@ -140,6 +140,19 @@ impl Decoder {
         Ok(x)
     }
 
+    /// Bytes of all weights in memory.
+    pub(crate) fn held(&self) -> u64 {
+        let norm = |norm: &RmsNorm| size_of_val(&norm.weight[..]) as u64;
+        let tied = Arc::ptr_eq(&self.embedding, &self.head.weights);
+        let layers = self.layers.iter().map(|layer| {
+            let around = [&layer.before_attention, &layer.after_attention, &layer.before_mlp, &layer.after_mlp];
+            let norms = around.into_iter().flatten().chain(layer.qk_norms.iter().flatten()).map(norm);
+            norms.sum::<u64>() + held(&layer.qkv) + held(&layer.output) + layer.mlp.held()
+        });
+        let head = if tied { 0 } else { held(&self.head) };
+        layers.sum::<u64>() + self.embedding.held() + head + norm(&self.norm)
+    }
+
     /// Logits of some rows of a hidden state: `[rows, hidden]` to `rows * vocab` values.
     pub(crate) fn logits(&self, config: &ModelConfig, hidden: &Tensor) -> Result<Vec<f32>> {
         let mut logits = self.head.forward(&self.norm.forward(hidden)?)?.flatten_all()?.to_vec1::<f32>()?;
@@ -151,6 +164,11 @@ impl Decoder {
         }
         Ok(logits)
     }
+}
+
+/// Bytes of a matrix and its bias.
+pub(crate) fn held(linear: &Linear) -> u64 {
+    linear.weights.held() + linear.bias.as_ref().map_or(0, |bias| size_of_val(&bias[..]) as u64)
 }
 
 fn normed(norm: &Option<RmsNorm>, x: &Tensor) -> Result<Tensor> {

@@ -78,6 +78,11 @@ impl<T: Element> KvStore<T> {
         }
     }
 
+    /// Bytes of it.
+    pub(crate) fn held(&self) -> u64 {
+        (size_of_val(&self.keys[..]) + size_of_val(&self.values[..])) as u64
+    }
+
     fn block(&self, layer: usize, block: BlockId, head: usize) -> usize {
         (layer * self.blocks + block.0 as usize) * self.heads + head
     }

@@ -176,7 +176,8 @@ impl Opened {
         });
         let positions = context.next_multiple_of(rbee_kernels::attention::BLOCK) as u64 * slots as u64;
         let kv = bytes_per_token(&self.config, kv_type);
-        needs(&self.config, packed.sum(), kv, context as u64, positions, STEP_TOKENS)
+        let weights = packed.sum::<u64>() + 4 * self.plan.vectors() as u64;
+        needs(&self.config, weights, kv, context as u64, positions, STEP_TOKENS)
     }
 
     fn place(&self, name: &str) -> Place {

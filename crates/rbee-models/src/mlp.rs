@@ -4,6 +4,8 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
 use rbee_kernels::candle::{GateMul, Linear, values};
 use rbee_kernels::ops;
 
+use crate::decoder::held;
+
 /// A layer's MLP.
 pub(crate) enum MlpLayer {
     Gated(Gated),
@@ -36,9 +38,21 @@ impl MlpLayer {
             Self::Experts(experts) => x.apply_op1_no_bwd(experts),
         }
     }
+
+    /// Bytes of its weights.
+    pub(crate) fn held(&self) -> u64 {
+        match self {
+            Self::Gated(gated) => gated.held(),
+            Self::Experts(experts) => held(&experts.router) + experts.experts.iter().map(Gated::held).sum::<u64>(),
+        }
+    }
 }
 
 impl Gated {
+    fn held(&self) -> u64 {
+        held(&self.gate_up) + held(&self.down)
+    }
+
     /// The same on plain rows.
     fn rows(&self, x: &[f32], out: &mut [f32]) {
         let (hidden, width) = (self.gate_up.weights.k(), self.gate_up.weights.n());

@@ -1,6 +1,6 @@
 //! The runner: a decoder, its KV and its options behind the engine's seam.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 
 use candle_core::Tensor;
 use half::{bf16, f16};
@@ -140,6 +140,19 @@ impl CandleRunner {
     /// Bytes by the estimate.
     pub fn needs(&self) -> &Needs {
         &self.needs
+    }
+
+    /// Bytes of weights and of KV as they are in memory.
+    pub fn held(&self) -> (u64, u64) {
+        fn kv<T: Element>(kv: &Mutex<KvStore<T>>) -> u64 {
+            kv.lock().unwrap_or_else(PoisonError::into_inner).held()
+        }
+        let kv = match &self.kv {
+            Kv::F32(store) => kv(store),
+            Kv::F16(store) => kv(store),
+            Kv::Bf16(store) => kv(store),
+        };
+        (self.decoder.held(), kv)
     }
 
     /// Digest of the weights.

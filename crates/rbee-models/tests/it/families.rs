@@ -4,12 +4,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use rbee_models::{KvType, RunnerOptions};
+use rbee_models::{KvType, ModelFiles, RunnerOptions, inspect};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
 use crate::reference::{TOLERANCE, fixtures};
-use crate::support::{argmax, blocks, followed, logits, runner, with_kv};
+use crate::support::{argmax, blocks, followed, logits, runner, tinybee, with_kv};
 
 #[derive(Deserialize)]
 struct Golden {
@@ -76,6 +76,22 @@ fn rows_of_every_architecture_depend_on_their_own_text_alone() {
                 let options = RunnerOptions { threads, isa: isa.map(str::to_owned), ..options.clone() };
                 let got = logits(&mut runner(&fixture, &options), &tokens, cuts, &blocks(3, 1, tokens.len()));
                 assert!(got == want, "{}: {kv:?}, {threads} threads, {isa:?}", fixture.display());
+            }
+        }
+    }
+}
+
+/// What `inspect` says of a folder is what its load takes.
+#[test]
+fn the_bytes_needed_are_those_taken() {
+    for fixture in all().into_iter().chain([tinybee()]) {
+        for kv in [KvType::F32, KvType::Bf16] {
+            let files = ModelFiles::folder(&fixture).unwrap();
+            let needs = inspect(&files, Some(200), 3, Some(kv)).unwrap();
+            let options = RunnerOptions { slots: 3, context: Some(200), ..with_kv(kv) };
+            let (weights, store) = runner(&fixture, &options).held();
+            for (said, taken) in [(needs.weights, weights), (needs.kv, store)] {
+                assert!(said.abs_diff(taken) * 20 <= taken, "{}: {said} said, {taken} taken", fixture.display());
             }
         }
     }
