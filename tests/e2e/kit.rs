@@ -2,8 +2,9 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::Command;
+use std::time::Duration;
 
-use rbee_testkit::{CANARY, Cluster, Setup, process};
+use rbee_testkit::{CANARY, Cluster, Setup, patience, process, wait_for};
 
 fn end(cluster: Cluster) -> Option<String> {
     let panic = catch_unwind(AssertUnwindSafe(|| drop(cluster))).err()?;
@@ -15,6 +16,10 @@ fn a_cluster_fails_the_test_that_leaves_a_process() {
     let cluster = Setup::sim("").home();
     let home = cluster.folder().to_owned();
     let mut left = Command::new("sleep").arg("60").env("RBEE_HOME", &home).spawn().unwrap();
+    // Right after its start a process has no environment to be known by.
+    wait_for("the process to be seen", patience(Duration::from_secs(1)), || {
+        if process::of_home(&home).is_empty() { Err("not yet".to_owned()) } else { Ok(()) }
+    });
     let problem = end(cluster).expect("the cluster fails");
     assert!(problem.contains("left") && problem.contains("sleep"), "{problem}");
     left.wait().unwrap();
