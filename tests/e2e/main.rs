@@ -11,6 +11,7 @@ mod faults;
 mod infer;
 mod jobs;
 mod kit;
+mod loading;
 mod queue;
 mod security;
 mod start;

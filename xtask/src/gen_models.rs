@@ -12,7 +12,9 @@ const ABOUT: &str = "# Models
 
 `--model` takes a folder as the model hubs publish it: `config.json`, `tokenizer.json` (with `tokenizer_config.json` or
 `chat_template.jinja` for chats), and `model.safetensors` or shards with `model.safetensors.index.json`. Weights in f32, f16 and
-bf16 are kept in their type; sums are in f32.
+bf16 are kept in their type; sums are in f32. With `--quantize q8_0` matrices are kept with 8.5 bits a weight, with `--quantize q4_k`
+with 4.6, and embedding and head with 8.5; matrices whose rows are not whole blocks (of 32, of 256) have the next larger form, and
+routers keep their type. The KV cache has the weights' type, f16 beside quantized weights, or `--kv-type f32|f16|bf16|q8_0`.
 
 Each line below is a small random model whose logits and greedy tokens `cargo xtask test` compares with transformers in f32: the
 largest error of a logit is below 1e-4, and 64 greedy tokens are the same up to the first place where the reference's two best

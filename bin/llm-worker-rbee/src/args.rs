@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
+use rbee_wire::worker::LoadOptions;
 use rbee_wire::{DeviceSpec, ModelRef};
 
 /// One loaded model behind HTTP.
@@ -50,9 +51,18 @@ pub struct Sizes {
     /// Compute threads.
     #[arg(long)]
     pub threads: Option<u32>,
-    /// Type of the KV cache: f32, f16 or bf16.
+    /// Type of the KV cache: f32, f16, bf16 or q8_0.
     #[arg(long)]
     pub kv_type: Option<String>,
+    /// Keep the weights with fewer bits: q8_0 or q4_k.
+    #[arg(long)]
+    pub quantize: Option<String>,
+}
+
+impl From<Sizes> for LoadOptions {
+    fn from(Sizes { ctx, slots, threads, kv_type, quantize }: Sizes) -> Self {
+        Self { ctx, slots, threads, kv_type, quantize }
+    }
 }
 
 /// What else the worker can do.
@@ -62,15 +72,9 @@ pub enum Command {
     Inspect {
         /// `tinybee` or the absolute path of a folder.
         model: ModelRef,
-        /// Context length in tokens.
-        #[arg(long)]
-        ctx: Option<u32>,
-        /// Requests generated for at once.
-        #[arg(long)]
-        slots: Option<u32>,
-        /// Type of the KV cache.
-        #[arg(long)]
-        kv_type: Option<String>,
+        /// Sizes of the engine.
+        #[command(flatten)]
+        sizes: Sizes,
     },
 }
 

@@ -98,11 +98,11 @@ struct Parts {
 /// # Errors
 /// The error that the worker ends with.
 pub fn load(cli: &Cli, charge: &WorkerCharge, progress: &dyn Fn(LoadProgress)) -> Result<Loaded, ErrorBody> {
-    let slots = charge.slots.unwrap_or(DEFAULT_SLOTS) as usize;
+    let slots = charge.load.slots.unwrap_or(DEFAULT_SLOTS) as usize;
     let steps = StepCounter::default();
     progress(LoadProgress { stage: "load".into(), done: 0, total: 0, unit: "bytes".into() });
     let Parts { runner, text, facts } = match cli.backend {
-        Backend::Cpu => cpu::load(charge, slots, &steps, progress)?,
+        Backend::Cpu => cpu::load(charge, &steps, progress)?,
         Backend::Sim => sim::load(cli, charge, slots, &steps, progress)?,
     };
     let config = EngineConfig {

@@ -27,10 +27,7 @@ pub fn by_hand(cli: &Cli) -> Result<WorkerCharge, ErrorBody> {
         queen_token: std::env::var("RBEE_TOKEN").ok(),
         model: cli.model.clone(),
         device: DeviceId::new(device).expect("a short word is an id"),
-        ctx: cli.sizes.ctx,
-        slots: cli.sizes.slots,
-        threads: cli.sizes.threads,
-        kv_type: cli.sizes.kv_type.clone(),
+        load: cli.sizes.clone().into(),
     })
 }
 

@@ -42,8 +42,8 @@ const DRAIN: Duration = Duration::from_secs(30);
 /// # Errors
 /// Why it did not start or had to end.
 pub fn run(cli: Cli) -> Result<(), ErrorBody> {
-    if let Some(Command::Inspect { model, ctx, slots, kv_type }) = &cli.command {
-        let needs = backend::inspect(model, *ctx, slots.unwrap_or(backend::DEFAULT_SLOTS), kv_type.as_deref())?;
+    if let Some(Command::Inspect { model, sizes }) = &cli.command {
+        let needs = backend::inspect(model, &sizes.clone().into())?;
         println!("{}", serde_json::to_string(&needs).expect("plain numbers serialize"));
         return Ok(());
     }

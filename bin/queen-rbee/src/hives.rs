@@ -10,7 +10,7 @@ use rbee_service::{JobLog, port_holder};
 use rbee_supervisor::daemon::{self, DaemonSpec, sibling};
 use rbee_wire::event::Event;
 use rbee_wire::job::WorkerSpawn;
-use rbee_wire::worker::LoadProgress;
+use rbee_wire::worker::{LoadOptions, LoadProgress};
 use rbee_wire::{DeviceSpec, ErrorBody, ErrorCode, HiveId, JobRequest, ModelRef};
 
 use crate::brain::Brain;
@@ -139,11 +139,7 @@ impl Hives {
             model: model.clone(),
             device,
             replicas: None,
-            ctx: None,
-            slots: None,
-            threads: None,
-            kv_type: None,
-            quantize: None,
+            load: LoadOptions::default(),
             wait: Some(true),
         };
         let failed = |error: ClientError| error.to_body(ErrorCode::HiveUnreachable);

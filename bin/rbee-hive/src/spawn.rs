@@ -10,7 +10,7 @@ use rbee_wire::event::{Event, NoteLevel};
 use rbee_wire::hive::{DeviceKind, Process, ProcessState};
 use rbee_wire::job::WorkerSpawn;
 use rbee_wire::view::{SpawnOutcome, SpawnView};
-use rbee_wire::worker::WorkerCharge;
+use rbee_wire::worker::{LoadOptions, WorkerCharge};
 use rbee_wire::{DeviceId, DeviceSpec, ErrorBody, ErrorCode, HiveId, ModelRef, WorkerId};
 use serde_json::json;
 
@@ -19,6 +19,9 @@ use crate::incarnation::Incarnations;
 
 /// Upper bound of what the built-in model needs with the default slots, so that a first start need not measure it.
 pub const TINYBEE_NEEDS: u64 = 160 << 20;
+
+/// Context that is proposed where the usual one does not fit.
+const SHORT_CONTEXT: u32 = 2048;
 
 /// Longest time to learn what a model needs.
 const INSPECT: Duration = Duration::from_secs(10);
@@ -66,10 +69,6 @@ impl Spawner {
     ) -> Result<Vec<SpawnView>, ErrorBody> {
         let device = self.device(spawn.device)?;
         self.check_model(&spawn.model)?;
-        if spawn.quantize.is_some() {
-            return Err(refuse(ErrorCode::NotImplemented, "quantizing at load is not in this build")
-                .with_hint("leave out --quantize"));
-        }
         let (outcome, processes) = self.reserve(spawn, &device).await?;
         let view = |process: &Process| SpawnView {
             outcome,
@@ -98,9 +97,12 @@ impl Spawner {
         if all.len() >= wanted {
             return Ok((SpawnOutcome::Existing, all));
         }
-        let needed = self.needed(spawn).await?;
+        let needed = self.needed(&spawn.model, &spawn.load).await?;
         while all.len() < wanted {
-            self.check_memory(device, needed)?;
+            let free = self.free(device);
+            if needed > free {
+                return Err(self.too_large(spawn, device, needed, free).await);
+            }
             let spec = SpawnSpec {
                 program: self.worker.clone(),
                 args: self.worker_args.clone(),
@@ -122,15 +124,7 @@ impl Spawner {
     /// Workers that serve what is asked for, or will.
     fn there(&self, spawn: &WorkerSpawn, device: &DeviceId) -> Vec<Process> {
         let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
-        let fits = |worker: &WorkerId| {
-            asked.iter().any(|(id, other)| {
-                id == worker
-                    && (spawn.ctx.is_none() || spawn.ctx == other.ctx)
-                    && (spawn.slots.is_none() || spawn.slots == other.slots)
-                    && (spawn.threads.is_none() || spawn.threads == other.threads)
-                    && (spawn.kv_type.is_none() || spawn.kv_type == other.kv_type)
-            })
-        };
+        let fits = |worker: &WorkerId| asked.iter().any(|(id, other)| id == worker && spawn.load.met_by(&other.load));
         let alive = |state| !matches!(state, ProcessState::Exited | ProcessState::Draining);
         let list = self.supervisor.list().into_iter();
         list.filter(|process| process.model == spawn.model && &process.device == device && alive(process.state))
@@ -155,10 +149,7 @@ impl Spawner {
             queen_token: queen_token.clone(),
             model: spawn.model.clone(),
             device: device.clone(),
-            ctx: spawn.ctx,
-            slots: Some(spawn.slots.unwrap_or(slots)),
-            threads: spawn.threads,
-            kv_type: spawn.kv_type.clone(),
+            load: LoadOptions { slots: Some(spawn.load.slots.unwrap_or(slots)), ..spawn.load.clone() },
         }
     }
 
@@ -213,24 +204,26 @@ impl Spawner {
     }
 
     /// Bytes that the load needs, from the model's own header, read by a worker.
-    async fn needed(&self, spawn: &WorkerSpawn) -> Result<u64, ErrorBody> {
-        let plain = spawn.ctx.is_none() && spawn.slots.is_none_or(|slots| slots <= 8) && spawn.kv_type.is_none();
-        if self.simulates() || (spawn.model == ModelRef::Tinybee && plain && self.slots <= 8) {
+    async fn needed(&self, model: &ModelRef, load: &LoadOptions) -> Result<u64, ErrorBody> {
+        let LoadOptions { ctx, slots, kv_type, quantize, .. } = load;
+        let slots = slots.unwrap_or(self.slots);
+        let plain = ctx.is_none() && slots <= 8 && kv_type.is_none() && quantize.is_none();
+        if self.simulates() || (*model == ModelRef::Tinybee && plain) {
             return Ok(TINYBEE_NEEDS);
         }
         let mut command = std::process::Command::new(&self.worker);
-        command.arg("inspect").arg(spawn.model.to_string());
-        command.arg("--slots").arg(spawn.slots.unwrap_or(self.slots).to_string());
-        if let Some(ctx) = spawn.ctx {
-            command.arg("--ctx").arg(ctx.to_string());
-        }
-        if let Some(kv_type) = &spawn.kv_type {
-            command.arg("--kv-type").arg(kv_type);
+        command.arg("inspect").arg(model.to_string());
+        command.arg("--slots").arg(slots.to_string());
+        for (name, value) in
+            [("--ctx", &ctx.map(|ctx| ctx.to_string())), ("--kv-type", kv_type), ("--quantize", quantize)]
+        {
+            if let Some(value) = value {
+                command.arg(name).arg(value);
+            }
         }
         let run = tokio::task::spawn_blocking(move || run_bounded(&mut command, INSPECT, 64 << 10)).await;
-        let failed = |what: String| {
-            refuse(ErrorCode::ModelLoadFailed, format!("cannot learn what {} needs: {what}", spawn.model))
-        };
+        let failed =
+            |what: String| refuse(ErrorCode::ModelLoadFailed, format!("cannot learn what {model} needs: {what}"));
         let (code, bytes) = match run {
             Ok(Ok(done)) => done,
             Ok(Err(error)) => return Err(failed(error.to_string())),
@@ -246,21 +239,51 @@ impl Spawner {
     }
 
     /// Free memory less what is reserved and not yet in use.
-    fn check_memory(&self, device: &DeviceId, needed: u64) -> Result<(), ErrorBody> {
+    fn free(&self, device: &DeviceId) -> u64 {
         let measured =
             self.devices.list().into_iter().find(|found| &found.id == device).map_or(0, |found| found.memory_free);
         let coming = self.supervisor.list().into_iter().filter(|process| {
             &process.device == device
                 && matches!(process.state, ProcessState::Spawning | ProcessState::Loading | ProcessState::Backoff)
         });
-        let free = measured.saturating_sub(coming.map(|process| process.reserved).sum());
-        if needed <= free {
-            return Ok(());
+        measured.saturating_sub(coming.map(|process| process.reserved).sum())
+    }
+
+    /// The refusal of a load that needs more than is free, with what of it would fit.
+    async fn too_large(&self, spawn: &WorkerSpawn, device: &DeviceId, needed: u64, free: u64) -> ErrorBody {
+        let ways = |ctx: Option<u32>, quantize: &str| LoadOptions {
+            ctx: ctx.or(spawn.load.ctx),
+            quantize: Some(quantize.to_owned()),
+            ..spawn.load.clone()
+        };
+        let short = Some(spawn.load.ctx.unwrap_or(SHORT_CONTEXT).min(SHORT_CONTEXT));
+        let mut fitting = Vec::new();
+        for load in [ways(None, "q8_0"), ways(None, "q4_k"), ways(short, "q4_k")] {
+            // What cannot be inspected is not proposed.
+            if load != spawn.load
+                && let Ok(needed) = self.needed(&spawn.model, &load).await
+                && needed <= free
+            {
+                fitting.push((load, needed));
+            }
         }
-        let message =
-            format!("{device} has {} MiB free and the load needs {} MiB", free >> 20, needed.div_ceil(1 << 20));
-        Err(refuse(ErrorCode::InsufficientMemory, message)
-            .with_details(json!({ "needed": needed, "free": free, "would_fit": [] })))
+        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
+        let message = format!("{device} has {} MiB free and the load needs {} MiB", free >> 20, mib(needed));
+        let hint = match fitting.first() {
+            Some((load, needed)) => {
+                let quantize = load.quantize.as_ref().map(|form| format!("--quantize {form}"));
+                let ctx = load.ctx.filter(|_| load.ctx != spawn.load.ctx).map(|ctx| format!("--ctx {ctx}"));
+                let flags: Vec<String> = quantize.into_iter().chain(ctx).collect();
+                format!("with {} it needs {} MiB, which fits", flags.join(" "), mib(*needed))
+            }
+            None => "free memory, or take a smaller model; with fewer bits and a short context it does not fit either"
+                .into(),
+        };
+        let fitting = fitting.iter().map(|(load, needed)| json!({ "load": load, "needed": needed }));
+        let fitting: Vec<_> = fitting.collect();
+        refuse(ErrorCode::InsufficientMemory, message)
+            .with_hint(hint)
+            .with_details(json!({ "needed": needed, "free": free, "would_fit": fitting }))
     }
 
     /// Follows a worker until it serves.

@@ -343,10 +343,10 @@ pub struct SpawnArgs {
     /// Compute threads; the physical cores unless given
     #[arg(long, value_name = "N")]
     pub threads: Option<u32>,
-    /// Type of the KV cache: f32, f16, bf16
+    /// Type of the KV cache: f32, f16, bf16, q8_0
     #[arg(long, value_name = "T")]
     pub kv_type: Option<String>,
-    /// Quantize the weights at load
+    /// Keep the weights with fewer bits: q8_0, q4_k
     #[arg(long, value_name = "T")]
     pub quantize: Option<String>,
     /// Return when the worker is ready, which is the default

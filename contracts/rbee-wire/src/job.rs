@@ -12,6 +12,7 @@ use crate::fields::{self, Violation};
 use crate::ids::{HiveId, JobId, WorkerId};
 use crate::model::{DeviceSpec, ModelRef};
 use crate::op::{OPERATIONS, Operation, Target};
+use crate::worker::LoadOptions;
 
 /// A job as it is posted: the operation's name and its fields, flat.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -156,21 +157,9 @@ pub struct WorkerSpawn {
     /// How many workers shall serve the model on this device in all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub replicas: Option<u32>,
-    /// Context length in tokens.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ctx: Option<u32>,
-    /// Requests that one worker generates for at once.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub slots: Option<u32>,
-    /// Compute threads.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub threads: Option<u32>,
-    /// Type of the KV cache.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub kv_type: Option<String>,
-    /// Quantize the weights at load.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub quantize: Option<String>,
+    /// How it is loaded.
+    #[serde(flatten)]
+    pub load: LoadOptions,
     /// Whether the job ends when the worker is ready, which is the default, or when it was started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wait: Option<bool>,

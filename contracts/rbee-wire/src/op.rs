@@ -90,8 +90,8 @@ pub const SPAWN_FIELDS: &[Field] = &[
     optional("ctx", Kind::Int(16, 1 << 24), "context length in tokens; the model's own unless given"),
     optional("slots", Kind::Int(1, 1024), "requests that one worker generates for at once"),
     optional("threads", Kind::Int(1, 1024), "compute threads; the physical cores unless given"),
-    optional("kv_type", Kind::Id, "type of the KV cache: `f32`, `f16` or `bf16`"),
-    optional("quantize", Kind::Id, "quantize the weights at load"),
+    optional("kv_type", Kind::Id, "type of the KV cache: `f32`, `f16`, `bf16` or `q8_0`"),
+    optional("quantize", Kind::Id, "keep the weights with fewer bits: `q8_0` or `q4_k`"),
     optional("wait", Kind::Bool, "whether the job ends when the worker is ready (true) or started"),
 ];
 

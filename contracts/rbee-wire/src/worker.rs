@@ -185,6 +185,40 @@ pub struct ReadyReply {
     pub progress: Option<LoadProgress>,
 }
 
+/// How a model is loaded; what is not given is the worker's choice.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct LoadOptions {
+    /// Context length in tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ctx: Option<u32>,
+    /// Requests generated for at once.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub slots: Option<u32>,
+    /// Compute threads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub threads: Option<u32>,
+    /// Type of the KV cache.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_type: Option<String>,
+    /// Keep the weights with fewer bits.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub quantize: Option<String>,
+}
+
+impl LoadOptions {
+    /// Whether a load with `other` is what these ask for.
+    pub fn met_by(&self, other: &Self) -> bool {
+        fn met<T: PartialEq>(asked: &Option<T>, other: &Option<T>) -> bool {
+            asked.is_none() || asked == other
+        }
+        met(&self.ctx, &other.ctx)
+            && met(&self.slots, &other.slots)
+            && met(&self.threads, &other.threads)
+            && met(&self.kv_type, &other.kv_type)
+            && met(&self.quantize, &other.quantize)
+    }
+}
+
 /// First line down the control pipe: what the worker is to be.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct WorkerCharge {
@@ -207,18 +241,9 @@ pub struct WorkerCharge {
     pub model: ModelRef,
     /// The device.
     pub device: DeviceId,
-    /// Context length in tokens.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ctx: Option<u32>,
-    /// Requests generated for at once.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub slots: Option<u32>,
-    /// Compute threads.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub threads: Option<u32>,
-    /// Type of the KV cache.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub kv_type: Option<String>,
+    /// How the model is loaded.
+    #[serde(flatten)]
+    pub load: LoadOptions,
 }
 
 /// Lines down the control pipe after the first.

@@ -1,15 +1,14 @@
 //! Causal attention of one position over a paged KV cache, all of it or the last positions (a window).
 //!
-//! A block holds 16 positions of one KV head: its keys with the positions as lanes (`[dim][16]`), its values with the
-//! dimensions as lanes (`[16][width]`, `width` being `dim` rounded up to whole vectors). A score is one chain of fused
-//! multiply-adds over the dimensions, a weighted value one over the positions, so neither depends on the instruction
-//! set. Positions are taken in partials of [`PARTIAL`] at absolute offsets, each with its own maximum, merged in ascending
+//! [`crate::kv_form`] says how blocks stand in memory. A score is one chain of fused multiply-adds over the dimensions, a
+//! weighted value one over the positions, so neither depends on the instruction set. Positions are taken in partials of [`PARTIAL`] at absolute offsets, each with its own maximum, merged in ascending
 //! order: a result depends on the query and the positions before it alone, however they were computed.
 
 #![expect(unsafe_code, reason = "SIMD kernels over raw pointers")]
 
+use crate::kv_form::KvForm;
 use crate::ops::{exp, soft_cap, tree};
-use crate::simd::{Element, Isa, Kernel, LANES, Lanes, dispatch};
+use crate::simd::{Isa, Kernel, LANES, Lanes, dispatch};
 
 /// Positions of a block.
 pub const BLOCK: usize = LANES;
@@ -19,31 +18,17 @@ pub const PARTIAL: usize = 1024;
 
 /// Where the blocks of one KV head of one sequence are.
 pub trait KvBlocks {
-    /// Type of the cache.
-    type Element: Element;
-    /// Keys of the sequence's block `i`: `dim * 16` values.
-    fn keys(&self, i: usize) -> &[Self::Element];
-    /// Values of the sequence's block `i`: `16 * width` values.
-    fn values(&self, i: usize) -> &[Self::Element];
+    /// Form of the cache.
+    type Form: KvForm;
+    /// Keys of the sequence's block `i`: [`KvForm::key_len`] units.
+    fn keys(&self, i: usize) -> &[<Self::Form as KvForm>::Unit];
+    /// Values of the sequence's block `i`: [`KvForm::value_len`] units.
+    fn values(&self, i: usize) -> &[<Self::Form as KvForm>::Unit];
 }
 
 /// Values of a position, padded to whole vectors.
 pub fn width(dim: usize) -> usize {
     dim.next_multiple_of(LANES)
-}
-
-/// Writes the key of one position of a block, rounded to the cache's type.
-pub fn write_key<T: Element>(block: &mut [T], offset: usize, key: &[f32]) {
-    for (to, value) in block[offset..].iter_mut().step_by(BLOCK).zip(key) {
-        *to = T::narrow(*value);
-    }
-}
-
-/// Writes the value of one position of a block, rounded to the cache's type.
-pub fn write_value<T: Element>(block: &mut [T], offset: usize, value: &[f32]) {
-    for (to, value) in block[offset * width(value.len())..].iter_mut().zip(value) {
-        *to = T::narrow(*value);
-    }
 }
 
 /// Scratch of one task; kept between calls.
@@ -214,20 +199,24 @@ impl<K: KvBlocks> Attend<'_, K> {
     ) -> usize {
         let Query { heads: q, dim, scale, .. } = self.query;
         let first = part.start / BLOCK + block;
-        let keys: [&[K::Element]; B] = std::array::from_fn(|b| &self.kv.keys(first + b)[..dim * BLOCK]);
+        let len = K::Form::key_len(dim);
+        let keys: [_; B] = std::array::from_fn(|b| self.kv.keys(first + b)[..len].as_ptr());
         // SAFETY: `R` heads of `dim` values, keys of `dim` vectors, room for `R` rows of scores.
         unsafe {
             let q = q.as_ptr().add(head * dim);
             let mut sums = [[L::splat(0.0); B]; R];
-            for i in 0..dim {
-                let mut lanes = [L::splat(0.0); B];
-                for (lane, keys) in lanes.iter_mut().zip(&keys) {
-                    *lane = L::load(keys.as_ptr().add(i * BLOCK));
-                }
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    let value = L::splat(*q.add(r * dim + i));
-                    for (sum, lane) in sums.iter_mut().zip(lanes) {
-                        *sum = value.fma(lane, *sum);
+            for group in (0..dim).step_by(K::Form::GROUP) {
+                let scales = keys.map(|keys| K::Form::scale::<L>(keys, group));
+                for i in group..dim.min(group.saturating_add(K::Form::GROUP)) {
+                    let mut lanes = [L::splat(0.0); B];
+                    for (b, lane) in lanes.iter_mut().enumerate() {
+                        *lane = K::Form::key(keys[b], i, scales[b]);
+                    }
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        let value = L::splat(*q.add(r * dim + i));
+                        for (sum, lane) in sums.iter_mut().zip(lanes) {
+                            *sum = value.fma(lane, *sum);
+                        }
                     }
                 }
             }
@@ -268,7 +257,8 @@ impl<K: KvBlocks> Attend<'_, K> {
         head: usize,
         vector: usize,
     ) -> usize {
-        let wide = width(self.query.dim);
+        let dim = self.query.dim;
+        let wide = width(dim);
         // SAFETY: `R` rows of weights, values of `wide` lanes per position, room for `R` rows of sums.
         unsafe {
             let weights = self.scratch.scores.as_ptr().add(head * PARTIAL);
@@ -276,11 +266,11 @@ impl<K: KvBlocks> Attend<'_, K> {
             for block in part.from / BLOCK..part.len.div_ceil(BLOCK) {
                 let hidden = part.from.saturating_sub(block * BLOCK);
                 let positions = BLOCK.min(part.len - block * BLOCK);
-                let values = &self.kv.values(part.start / BLOCK + block)[..BLOCK * wide];
+                let values = self.kv.values(part.start / BLOCK + block)[..K::Form::value_len(dim)].as_ptr();
                 for position in hidden..positions {
                     let mut lanes = [L::splat(0.0); V];
                     for (v, lane) in lanes.iter_mut().enumerate() {
-                        *lane = L::load(values.as_ptr().add(position * wide + (vector + v) * LANES));
+                        *lane = K::Form::value(values, dim, position, vector + v);
                     }
                     for (r, sums) in sums.iter_mut().enumerate() {
                         let weight = L::splat(*weights.add(r * PARTIAL + block * BLOCK + position));
@@ -336,47 +326,62 @@ fn softmax(scores: &mut [f32], from: usize, len: usize) -> (f32, f32) {
 mod tests {
     use half::{bf16, f16};
 
+    use bytemuck::Zeroable as _;
+
     use super::*;
+    use crate::kv_form::Q8Kv;
+    use crate::simd::Element;
     use crate::testing::values;
 
-    /// Blocks in an order of their own, with what an earlier owner left in the rest of the last one.
-    struct Blocks<T> {
-        keys: Vec<Vec<T>>,
-        values: Vec<Vec<T>>,
+    /// Blocks with what an earlier owner left in the rest of the last one.
+    struct Blocks<F: KvForm> {
+        keys: Vec<Vec<F::Unit>>,
+        values: Vec<Vec<F::Unit>>,
     }
 
-    impl<T: Element> Blocks<T> {
+    impl<F: KvForm> Blocks<F> {
         fn new(keys: &[f32], values: &[f32], dim: usize) -> Self {
             let blocks = (keys.len() / dim).div_ceil(BLOCK);
-            let rest = T::narrow(f32::NAN);
+            let zero = F::Unit::zeroed();
             let mut kv = Self {
-                keys: vec![vec![rest; dim * BLOCK]; blocks],
-                values: vec![vec![rest; width(dim) * BLOCK]; blocks],
+                keys: vec![vec![zero; F::key_len(dim)]; blocks],
+                values: vec![vec![zero; F::value_len(dim)]; blocks],
             };
-            for (i, (key, value)) in keys.chunks(dim).zip(values.chunks(dim)).enumerate() {
-                write_key(&mut kv.keys[i / BLOCK], i % BLOCK, key);
-                write_value(&mut kv.values[i / BLOCK], i % BLOCK, value);
+            let rest = vec![f32::NAN; dim];
+            for i in 0..blocks * BLOCK {
+                let of = |all: &'_ [f32]| all.get(i * dim..(i + 1) * dim).unwrap_or(&rest).to_vec();
+                F::write_key(&mut kv.keys[i / BLOCK], i % BLOCK, &of(keys));
+                F::write_value(&mut kv.values[i / BLOCK], i % BLOCK, &of(values));
             }
             kv
         }
     }
 
-    impl<T: Element> KvBlocks for Blocks<T> {
-        type Element = T;
-        fn keys(&self, i: usize) -> &[T] {
+    impl<F: KvForm> KvBlocks for Blocks<F> {
+        type Form = F;
+        fn keys(&self, i: usize) -> &[F::Unit] {
             &self.keys[i]
         }
-        fn values(&self, i: usize) -> &[T] {
+        fn values(&self, i: usize) -> &[F::Unit] {
             &self.values[i]
         }
     }
 
-    fn check<T: Element>(dim: usize, heads: usize, first: usize, count: usize, cap: Option<f32>) {
+    /// `stored` says what the form makes of the values of a position.
+    fn check<F: KvForm>(
+        dim: usize,
+        heads: usize,
+        first: usize,
+        count: usize,
+        cap: Option<f32>,
+        stored: fn(&[f32]) -> Vec<f32>,
+    ) {
         let scaled = |seed, factor: f32| -> Vec<f32> {
-            values(seed, count * dim).into_iter().map(|v| T::narrow(v * factor).widen()).collect()
+            let values: Vec<f32> = values(seed, count * dim).into_iter().map(|v| v * factor).collect();
+            values.chunks(dim).flat_map(stored).collect()
         };
         let (keys, vals) = (scaled(1, 4.0), scaled(2, 1.0));
-        let kv = Blocks::<T>::new(&keys, &vals, dim);
+        let kv = Blocks::<F>::new(&keys, &vals, dim);
         let q = values(3, heads * dim);
         let query = |heads| Query { heads, dim, first, count, scale: 0.4, cap };
         let mut scratch = Scratch::default();
@@ -408,6 +413,19 @@ mod tests {
         }
     }
 
+    fn narrowed<T: Element>(values: &[f32]) -> Vec<f32> {
+        values.iter().map(|value| T::narrow(*value).widen()).collect()
+    }
+
+    /// Multiples of a step, the highest 127 of it, for every 32: what eight bits hold.
+    fn in_steps(values: &[f32]) -> Vec<f32> {
+        let group = |values: &[f32]| {
+            let step = values.iter().fold(0f32, |high, value| high.max(value.abs())) / 127.0;
+            values.iter().map(|value| (value / step).round_ties_even() * step).collect::<Vec<_>>()
+        };
+        values.chunks(32).flat_map(group).collect()
+    }
+
     #[test]
     fn attention_is_alike_on_any_isa_with_any_heads_and_agrees_with_double_precision() {
         for (dim, heads, first, count, cap) in [
@@ -420,9 +438,10 @@ mod tests {
             (48, 5, 0, 2500, Some(20.0)),
             (16, 2, 1500, 2500, None),
         ] {
-            check::<f32>(dim, heads, first, count, cap);
-            check::<f16>(dim, heads, first, count, cap);
-            check::<bf16>(dim, heads, first, count, cap);
+            check::<f32>(dim, heads, first, count, cap, <[f32]>::to_vec);
+            check::<f16>(dim, heads, first, count, cap, narrowed::<f16>);
+            check::<bf16>(dim, heads, first, count, cap, narrowed::<bf16>);
+            check::<Q8Kv>(dim, heads, first, count, cap, in_steps);
         }
     }
 }

@@ -4,9 +4,11 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
-use crate::matmul::{Packed, matmul};
+use crate::matmul::matmul;
 use crate::ops::{self, Gate};
+use crate::packed::{NotFinite, Packed, WeightType};
 use crate::pool::Pool;
+use crate::quantized::Quantization;
 use crate::simd::Isa;
 
 /// The threads and the instruction set that a model's ops use.
@@ -25,6 +27,19 @@ impl Compute {
     /// The instruction set.
     pub fn isa(&self) -> Isa {
         self.isa
+    }
+
+    /// Packs matrices with fewer bits, on all threads.
+    ///
+    /// # Errors
+    /// As [`Packed::quantized`].
+    pub fn quantized(
+        &self,
+        form: Quantization,
+        parts: &[(WeightType, &[u8])],
+        k: usize,
+    ) -> std::result::Result<Packed, NotFinite> {
+        Packed::quantized(&mut self.pool.lock().unwrap_or_else(PoisonError::into_inner), form, parts, k)
     }
 
     /// Runs `task(i)` for every `i` in `0..tasks` on all threads.

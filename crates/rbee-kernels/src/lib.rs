@@ -6,14 +6,19 @@
 
 pub mod attention;
 pub mod candle;
+pub mod kv_form;
 pub mod matmul;
 pub mod ops;
+pub mod packed;
 pub mod pool;
+pub mod quantized;
 pub mod simd;
 
 #[cfg(test)]
 mod testing;
 
-pub use matmul::{NotFinite, Packed, WeightType, matmul};
+pub use matmul::matmul;
+pub use packed::{NotFinite, Packed, WeightType};
 pub use pool::Pool;
+pub use quantized::Quantization;
 pub use simd::Isa;

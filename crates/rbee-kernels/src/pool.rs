@@ -111,25 +111,24 @@ impl Pool {
 }
 
 /// An output whose parts are written by different tasks of one [`Pool::run`].
-#[derive(Clone, Copy)]
-pub struct SharedOut<'a> {
-    start: *mut f32,
+pub struct SharedOut<'a, T> {
+    start: *mut T,
     len: usize,
-    borrow: PhantomData<&'a mut [f32]>,
+    borrow: PhantomData<&'a mut [T]>,
 }
 
 // SAFETY: it hands out nothing but a pointer and, unsafely, parts of which no two may overlap.
-unsafe impl Send for SharedOut<'_> {}
+unsafe impl<T: Send> Send for SharedOut<'_, T> {}
 // SAFETY: as above.
-unsafe impl Sync for SharedOut<'_> {}
+unsafe impl<T: Send> Sync for SharedOut<'_, T> {}
 
-impl<'a> SharedOut<'a> {
+impl<'a, T> SharedOut<'a, T> {
     /// Shares an output for as long as it is borrowed.
-    pub fn new(out: &'a mut [f32]) -> Self {
+    pub fn new(out: &'a mut [T]) -> Self {
         Self { start: out.as_mut_ptr(), len: out.len(), borrow: PhantomData }
     }
 
-    pub(crate) fn start(self) -> *mut f32 {
+    pub(crate) fn start(&self) -> *mut T {
         self.start
     }
 
@@ -140,7 +139,7 @@ impl<'a> SharedOut<'a> {
     ///
     /// # Panics
     /// When the range does not lie within the output.
-    pub unsafe fn part(self, range: Range<usize>) -> &'a mut [f32] {
+    pub unsafe fn part(&self, range: Range<usize>) -> &'a mut [T] {
         assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
         // SAFETY: the range is within the borrowed output, and the caller's parts do not overlap.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }

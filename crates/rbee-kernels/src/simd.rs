@@ -5,6 +5,7 @@
 
 #![expect(unsafe_code, reason = "SIMD intrinsics")]
 
+use bytemuck::Zeroable;
 use half::{bf16, f16};
 
 /// Lanes of one vector.
@@ -61,7 +62,7 @@ impl Isa {
 }
 
 /// A type of stored weights, keys or values.
-pub trait Element: Copy + Default + Send + Sync + 'static {
+pub trait Element: Copy + Default + Zeroable + Send + Sync + 'static {
     /// As f32, exactly.
     fn widen(self) -> f32;
     /// Rounded to the nearest, ties to even.
@@ -80,30 +81,42 @@ pub trait Element: Copy + Default + Send + Sync + 'static {
     unsafe fn load256(at: *const Self) -> std::arch::x86_64::__m256;
 }
 
-/// So many zeros, or `None` when there is no memory for them. Pages are taken as they are first written.
-pub fn zeroed<T: Element>(len: usize) -> Option<Vec<T>> {
-    let layout = std::alloc::Layout::array::<T>(len).ok()?;
-    if layout.size() == 0 {
-        return Some(Vec::new());
-    }
-    // SAFETY: the layout is not empty; it is that of a vector of `len` elements, all of whose bits may be zero (they are
-    // f32, f16 or bf16).
-    unsafe {
-        let data = std::alloc::alloc_zeroed(layout).cast::<T>();
-        (!data.is_null()).then(|| Vec::from_raw_parts(data, len, len))
-    }
-}
-
 /// Sixteen f32.
-pub(crate) trait Lanes: Copy {
+pub trait Lanes: Copy {
     /// Rows of a block of sums times vectors of its columns that fit the registers: 6 x 4, or else 3 x 1.
     const WIDE: bool;
+    /// One value in all lanes.
+    ///
     /// # Safety
-    /// As [`dispatch`] has made sure of: the instruction set is there. So for all of these.
+    /// As dispatch has made sure of: the instruction set is there. So for all of these.
     unsafe fn splat(value: f32) -> Self;
+    /// Sixteen values, widened.
+    ///
     /// # Safety
     /// `at` points to 16 values.
     unsafe fn load<T: Element>(at: *const T) -> Self;
+    /// Sixteen signed bytes.
+    ///
+    /// # Safety
+    /// `at` points to 16 values.
+    unsafe fn load_i8(at: *const i8) -> Self;
+    /// Sixteen unsigned bytes.
+    ///
+    /// # Safety
+    /// `at` points to 16 values.
+    unsafe fn load_u8(at: *const u8) -> Self;
+    /// The low halves of 16 bytes.
+    ///
+    /// # Safety
+    /// `at` points to 16 bytes.
+    unsafe fn load_low(at: *const u8) -> Self;
+    /// The high halves of 16 bytes.
+    ///
+    /// # Safety
+    /// `at` points to 16 bytes.
+    unsafe fn load_high(at: *const u8) -> Self;
+    /// Writes all lanes.
+    ///
     /// # Safety
     /// `at` points to room for 16 values.
     unsafe fn store(self, at: *mut f32);
@@ -148,7 +161,27 @@ impl Lanes for [f32; LANES] {
     #[inline(always)]
     unsafe fn load<T: Element>(at: *const T) -> Self {
         // SAFETY: the caller's.
-        std::array::from_fn(|i| unsafe { (*at.add(i)).widen() })
+        std::array::from_fn(|i| unsafe { at.add(i).read_unaligned().widen() })
+    }
+    #[inline(always)]
+    unsafe fn load_i8(at: *const i8) -> Self {
+        // SAFETY: the caller's.
+        std::array::from_fn(|i| unsafe { f32::from(*at.add(i)) })
+    }
+    #[inline(always)]
+    unsafe fn load_u8(at: *const u8) -> Self {
+        // SAFETY: the caller's.
+        std::array::from_fn(|i| unsafe { f32::from(*at.add(i)) })
+    }
+    #[inline(always)]
+    unsafe fn load_low(at: *const u8) -> Self {
+        // SAFETY: the caller's.
+        std::array::from_fn(|i| unsafe { f32::from(*at.add(i) & 15) })
+    }
+    #[inline(always)]
+    unsafe fn load_high(at: *const u8) -> Self {
+        // SAFETY: the caller's.
+        std::array::from_fn(|i| unsafe { f32::from(*at.add(i) >> 4) })
     }
     #[inline(always)]
     unsafe fn store(self, at: *mut f32) {
@@ -179,6 +212,43 @@ mod x86 {
         unsafe { kernel.run::<[__m256; 2]>() }
     }
 
+    /// Low halves of bytes.
+    #[inline(always)]
+    unsafe fn low(bytes: __m128i) -> __m128i {
+        // SAFETY: SSE2 is part of x86-64.
+        unsafe { _mm_and_si128(bytes, _mm_set1_epi8(15)) }
+    }
+
+    /// High halves of bytes.
+    #[inline(always)]
+    unsafe fn high(bytes: __m128i) -> __m128i {
+        // SAFETY: SSE2 is part of x86-64; what is shifted in from the byte beside is masked off.
+        unsafe { low(_mm_srli_epi16::<4>(bytes)) }
+    }
+
+    /// Unsigned bytes as f32.
+    ///
+    /// # Safety
+    /// AVX-512F is there.
+    #[inline(always)]
+    unsafe fn wide512(bytes: __m128i) -> __m512 {
+        // SAFETY: the caller's.
+        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes)) }
+    }
+
+    /// Unsigned bytes as f32.
+    ///
+    /// # Safety
+    /// AVX2 is there.
+    #[inline(always)]
+    unsafe fn wide256(bytes: __m128i) -> [__m256; 2] {
+        // SAFETY: the caller's.
+        unsafe {
+            let (a, b) = (_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(bytes)));
+            [_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)]
+        }
+    }
+
     impl Lanes for __m512 {
         const WIDE: bool = true;
         #[inline(always)]
@@ -190,6 +260,26 @@ mod x86 {
         unsafe fn load<T: Element>(at: *const T) -> Self {
             // SAFETY: the caller's.
             unsafe { T::load512(at) }
+        }
+        #[inline(always)]
+        unsafe fn load_i8(at: *const i8) -> Self {
+            // SAFETY: the caller's.
+            unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(at.cast()))) }
+        }
+        #[inline(always)]
+        unsafe fn load_u8(at: *const u8) -> Self {
+            // SAFETY: the caller's.
+            unsafe { wide512(_mm_loadu_si128(at.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn load_low(at: *const u8) -> Self {
+            // SAFETY: the caller's.
+            unsafe { wide512(low(_mm_loadu_si128(at.cast()))) }
+        }
+        #[inline(always)]
+        unsafe fn load_high(at: *const u8) -> Self {
+            // SAFETY: the caller's.
+            unsafe { wide512(high(_mm_loadu_si128(at.cast()))) }
         }
         #[inline(always)]
         unsafe fn store(self, at: *mut f32) {
@@ -214,6 +304,30 @@ mod x86 {
         unsafe fn load<T: Element>(at: *const T) -> Self {
             // SAFETY: the caller's.
             unsafe { [T::load256(at), T::load256(at.add(8))] }
+        }
+        #[inline(always)]
+        unsafe fn load_i8(at: *const i8) -> Self {
+            // SAFETY: the caller's.
+            unsafe {
+                let bytes = _mm_loadu_si128(at.cast());
+                let (a, b) = (_mm256_cvtepi8_epi32(bytes), _mm256_cvtepi8_epi32(_mm_srli_si128::<8>(bytes)));
+                [_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)]
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_u8(at: *const u8) -> Self {
+            // SAFETY: the caller's.
+            unsafe { wide256(_mm_loadu_si128(at.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn load_low(at: *const u8) -> Self {
+            // SAFETY: the caller's.
+            unsafe { wide256(low(_mm_loadu_si128(at.cast()))) }
+        }
+        #[inline(always)]
+        unsafe fn load_high(at: *const u8) -> Self {
+            // SAFETY: the caller's.
+            unsafe { wide256(high(_mm_loadu_si128(at.cast()))) }
         }
         #[inline(always)]
         unsafe fn store(self, at: *mut f32) {
@@ -324,8 +438,6 @@ mod portable {
 
 #[cfg(test)]
 mod tests {
-    use std::hint::black_box;
-
     use super::*;
 
     struct Widen<'a, T>(&'a [T], &'a mut [f32]);
@@ -359,14 +471,6 @@ mod tests {
         halves.resize(halves.len().next_multiple_of(LANES), f16::ZERO);
         check(&halves);
         check(&(0..=u16::MAX).map(bf16::from_bits).collect::<Vec<_>>());
-    }
-
-    #[test]
-    fn too_many_zeros_are_refused() {
-        assert_eq!(zeroed::<f32>(1000).unwrap(), vec![0.0; 1000]);
-        assert!(zeroed::<bf16>(0).unwrap().is_empty());
-        // An allocation that nobody looks at may be taken for granted by the compiler.
-        assert!(black_box(zeroed::<f32>(1 << 60)).is_none() && black_box(zeroed::<f32>(usize::MAX)).is_none());
     }
 
     #[test]

@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use crate::matmul::WeightType;
+use crate::packed::WeightType;
 
 /// Values between -1 and 1 that look random.
 pub fn values(seed: u32, count: usize) -> Vec<f32> {

@@ -16,6 +16,18 @@ pub(crate) struct Matrix {
     pub(crate) inputs: usize,
     /// Whether each has a bias beside it.
     pub(crate) biased: bool,
+    pub(crate) role: Role,
+}
+
+/// What a matrix is for, where that decides how many bits it is kept with.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Role {
+    /// Embedding or head.
+    Vocabulary,
+    /// Picks experts.
+    Router,
+    /// All others.
+    Inner,
 }
 
 impl Matrix {
@@ -74,8 +86,12 @@ pub(crate) struct GatedPlan {
 impl Plan {
     /// The plan of a config's architecture.
     pub(crate) fn of(config: &ModelConfig) -> Self {
-        let vocabulary =
-            |name: &str| Matrix { parts: vec![(name.to_owned(), config.vocab)], inputs: config.hidden, biased: false };
+        let vocabulary = |name: &str| Matrix {
+            parts: vec![(name.to_owned(), config.vocab)],
+            inputs: config.hidden,
+            biased: false,
+            role: Role::Vocabulary,
+        };
         Self {
             embedding: vocabulary("model.embed_tokens.weight"),
             layers: config.layers.iter().enumerate().map(|(i, layer)| LayerPlan::of(config, i, layer)).collect(),
@@ -117,6 +133,7 @@ impl LayerPlan {
             parts: parts.iter().map(|(part, outputs)| (name(part), *outputs)).collect(),
             inputs,
             biased,
+            role: Role::Inner,
         };
         let norm = |part: &str, len: usize| NormPlan { name: name(part), len };
         let own = |part: &str| Some(norm(part, hidden));
@@ -166,7 +183,10 @@ impl LayerPlan {
                     }
                 };
                 MlpPlan::Experts {
-                    router: matrix(&[(&format!("{block}.gate"), count)], hidden, false),
+                    router: Matrix {
+                        role: Role::Router,
+                        ..matrix(&[(&format!("{block}.gate"), count)], hidden, false)
+                    },
                     experts: (0..count).map(expert).collect(),
                 }
             }

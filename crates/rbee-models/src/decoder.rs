@@ -8,8 +8,8 @@ use rbee_engine::StepCounter;
 use rbee_engine::runner::{BlockId, Chunk, Regime};
 use rbee_kernels::attention::{Query, Scratch, attend};
 use rbee_kernels::candle::{Compute, Linear, RmsNorm, values};
+use rbee_kernels::kv_form::KvForm;
 use rbee_kernels::pool::SharedOut;
-use rbee_kernels::simd::Element;
 use rbee_kernels::{Packed, ops};
 use rbee_weights::config::{LayerConfig, ModelConfig, Rope};
 
@@ -107,18 +107,18 @@ impl Ropes {
 }
 
 /// What one forward pass works with besides the weights.
-pub(crate) struct Pass<'a, T> {
+pub(crate) struct Pass<'a, F: KvForm> {
     pub(crate) config: &'a ModelConfig,
     pub(crate) compute: &'a Compute,
     pub(crate) ropes: &'a Ropes,
-    pub(crate) kv: &'a Mutex<KvStore<T>>,
+    pub(crate) kv: &'a Mutex<KvStore<F>>,
     pub(crate) rows: &'a [Row<'a>],
     pub(crate) steps: &'a StepCounter,
 }
 
 impl Decoder {
     /// The hidden state after the last layer of every row: `[rows, hidden]`. K and V of every row are in the KV then.
-    pub(crate) fn forward<T: Element>(&self, pass: &Pass<'_, T>) -> Result<Tensor> {
+    pub(crate) fn forward<F: KvForm>(&self, pass: &Pass<'_, F>) -> Result<Tensor> {
         let ModelConfig { hidden, scales, .. } = *pass.config;
         let mut embedded = vec![0.0; pass.rows.len() * hidden];
         for (row, out) in pass.rows.iter().zip(embedded.chunks_exact_mut(hidden)) {
@@ -183,10 +183,10 @@ fn added(x: &Tensor, y: &Tensor, scale: f32) -> Result<Tensor> {
 const SMALL: usize = 1 << 21;
 
 /// Rope, the write into the KV, and causal attention over it: `[rows, (heads + 2 kv_heads) * dim]` to `[rows, heads * dim]`.
-struct Attention<'a, T> {
+struct Attention<'a, F: KvForm> {
     index: usize,
     layer: &'a Layer,
-    pass: &'a Pass<'a, T>,
+    pass: &'a Pass<'a, F>,
 }
 
 thread_local! {
@@ -194,7 +194,7 @@ thread_local! {
     static SCRATCH: RefCell<Scratch> = RefCell::default();
 }
 
-impl<T: Element> CustomOp1 for Attention<'_, T> {
+impl<F: KvForm> CustomOp1 for Attention<'_, F> {
     fn name(&self) -> &'static str {
         "paged-attention"
     }

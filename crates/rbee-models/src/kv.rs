@@ -3,9 +3,11 @@
 
 use std::str::FromStr;
 
+use bytemuck::allocation::try_zeroed_vec;
+use half::{bf16, f16};
 use rbee_engine::runner::BlockId;
-use rbee_kernels::attention::{BLOCK, KvBlocks, width, write_key, write_value};
-use rbee_kernels::simd::{Element, zeroed};
+use rbee_kernels::attention::{BLOCK, KvBlocks};
+use rbee_kernels::kv_form::{KvForm, Q8Kv};
 use rbee_weights::config::ModelConfig;
 
 use crate::error::Error;
@@ -19,14 +21,21 @@ pub enum KvType {
     F16,
     /// 2 bytes, upper half of an f32.
     Bf16,
+    /// 1 byte, and 4 for every 32 of them.
+    Q8_0,
 }
 
 impl KvType {
-    /// Bytes of one element.
-    pub fn size(self) -> usize {
+    /// Bytes of a block of one head.
+    fn block(self, dim: usize) -> usize {
+        fn bytes<F: KvForm>(dim: usize) -> usize {
+            (F::key_len(dim) + F::value_len(dim)) * size_of::<F::Unit>()
+        }
         match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
+            Self::F32 => bytes::<f32>(dim),
+            Self::F16 => bytes::<f16>(dim),
+            Self::Bf16 => bytes::<bf16>(dim),
+            Self::Q8_0 => bytes::<Q8Kv>(dim),
         }
     }
 }
@@ -38,38 +47,39 @@ impl FromStr for KvType {
             "f32" => Ok(Self::F32),
             "f16" => Ok(Self::F16),
             "bf16" => Ok(Self::Bf16),
-            _ => Err(Error::Option(format!("kv type `{}` is not f32, f16 or bf16", text.escape_debug()))),
+            "q8_0" => Ok(Self::Q8_0),
+            _ => Err(Error::Option(format!("kv type `{}` is not f32, f16, bf16 or q8_0", text.escape_debug()))),
         }
     }
 }
 
 /// Bytes of the KV of one token: the values of a head are padded to whole vectors.
 pub(crate) fn bytes_per_token(config: &ModelConfig, kv_type: KvType) -> u64 {
-    let head = (config.head_dim + width(config.head_dim)) * kv_type.size();
+    let head = kv_type.block(config.head_dim) / BLOCK;
     (config.layers.len() * config.kv_heads * head) as u64
 }
 
-/// The storage of one element type.
-pub(crate) struct KvStore<T> {
-    keys: Vec<T>,
-    values: Vec<T>,
+/// The storage of one form.
+pub(crate) struct KvStore<F: KvForm> {
+    keys: Vec<F::Unit>,
+    values: Vec<F::Unit>,
     blocks: usize,
     heads: usize,
     dim: usize,
 }
 
-impl<T: Element> KvStore<T> {
-    /// Zeroed storage of so many blocks for all layers.
+impl<F: KvForm> KvStore<F> {
+    /// Zeroed storage of so many blocks for all layers. Pages are taken as they are first written.
     ///
     /// # Errors
     /// When there is no memory for it.
     pub(crate) fn new(config: &ModelConfig, blocks: usize) -> Result<Self, Error> {
         let (heads, dim) = (config.kv_heads, config.head_dim);
-        let all = |width: usize| {
-            let len = [blocks, heads, BLOCK, width].into_iter().try_fold(config.layers.len(), usize::checked_mul)?;
-            zeroed::<T>(len)
+        let all = |len: usize| {
+            let len = [blocks, heads, len].into_iter().try_fold(config.layers.len(), usize::checked_mul)?;
+            try_zeroed_vec::<F::Unit>(len).ok()
         };
-        match (all(dim), all(width(dim))) {
+        match (all(F::key_len(dim)), all(F::value_len(dim))) {
             (Some(keys), Some(values)) => Ok(Self { keys, values, blocks, heads, dim }),
             _ => Err(Error::Option(format!(
                 "there is no memory for the KV of {} tokens: ask for a shorter context or fewer slots",
@@ -87,41 +97,41 @@ impl<T: Element> KvStore<T> {
         (layer * self.blocks + block.0 as usize) * self.heads + head
     }
 
-    /// Writes K and V of one position, `heads * dim` values each, rounded to the cache's type.
+    /// Writes K and V of one position, `heads * dim` values each, rounded to the cache's form.
     pub(crate) fn write(&mut self, layer: usize, blocks: &[BlockId], position: usize, k: &[f32], v: &[f32]) {
         let (block, offset) = (blocks[position / BLOCK], position % BLOCK);
-        let (keys, values) = (self.dim * BLOCK, width(self.dim) * BLOCK);
+        let (keys, values) = (F::key_len(self.dim), F::value_len(self.dim));
         for (head, (k, v)) in k.chunks_exact(self.dim).zip(v.chunks_exact(self.dim)).enumerate() {
             let at = self.block(layer, block, head);
-            write_key(&mut self.keys[at * keys..][..keys], offset, k);
-            write_value(&mut self.values[at * values..][..values], offset, v);
+            F::write_key(&mut self.keys[at * keys..][..keys], offset, k);
+            F::write_value(&mut self.values[at * values..][..values], offset, v);
         }
     }
 
     /// The blocks of one head of one sequence.
-    pub(crate) fn sequence<'a>(&'a self, layer: usize, head: usize, blocks: &'a [BlockId]) -> Sequence<'a, T> {
+    pub(crate) fn sequence<'a>(&'a self, layer: usize, head: usize, blocks: &'a [BlockId]) -> Sequence<'a, F> {
         Sequence { store: self, layer, head, blocks }
     }
 }
 
 /// The blocks of one head of one sequence, in order.
-pub(crate) struct Sequence<'a, T> {
-    store: &'a KvStore<T>,
+pub(crate) struct Sequence<'a, F: KvForm> {
+    store: &'a KvStore<F>,
     layer: usize,
     head: usize,
     blocks: &'a [BlockId],
 }
 
-impl<T: Element> KvBlocks for Sequence<'_, T> {
-    type Element = T;
+impl<F: KvForm> KvBlocks for Sequence<'_, F> {
+    type Form = F;
 
-    fn keys(&self, i: usize) -> &[T] {
-        let len = self.store.dim * BLOCK;
+    fn keys(&self, i: usize) -> &[F::Unit] {
+        let len = F::key_len(self.store.dim);
         &self.store.keys[self.store.block(self.layer, self.blocks[i], self.head) * len..][..len]
     }
 
-    fn values(&self, i: usize) -> &[T] {
-        let len = width(self.store.dim) * BLOCK;
+    fn values(&self, i: usize) -> &[F::Unit] {
+        let len = F::value_len(self.store.dim);
         &self.store.values[self.store.block(self.layer, self.blocks[i], self.head) * len..][..len]
     }
 }

@@ -21,7 +21,7 @@ mod runner;
 pub use error::Error;
 pub use files::ModelFiles;
 pub use kv::KvType;
-pub use loader::inspect;
+pub use loader::{Quantize, inspect};
 pub use rbee_weights::Error as FileError;
 pub use rbee_weights::config::GenerationDefaults;
 pub use rbee_weights::needs::Needs;

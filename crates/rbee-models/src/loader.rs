@@ -1,24 +1,26 @@
 //! Checked bytes into packed weights, and what a model needs before any of it is read.
 
 use std::collections::HashMap;
+use std::str::FromStr;
 use std::sync::Arc;
 
 use rbee_kernels::candle::{Compute, GateMul, Linear, RmsNorm};
-use rbee_kernels::matmul::widen;
 use rbee_kernels::ops::Gate;
-use rbee_kernels::{Packed, WeightType};
+use rbee_kernels::packed::widen;
+use rbee_kernels::{Packed, Quantization, WeightType};
 use rbee_weights::Error as FileError;
 use rbee_weights::config::{Activation, GenerationDefaults, Mlp, ModelConfig};
 use rbee_weights::needs::{Needs, needs};
 use rbee_weights::safetensors::{Dtype, Index, Shards, header_len};
 use sha2::{Digest, Sha256};
 
-use crate::arch::{GatedPlan, Matrix, MlpPlan, NormPlan, Plan, is_spare};
+use crate::arch::{GatedPlan, Matrix, MlpPlan, NormPlan, Plan, Role, is_spare};
 use crate::decoder::{Decoder, Layer};
 use crate::error::Error;
 use crate::files::{ModelFiles, WeightBytes};
 use crate::kv::{KvType, bytes_per_token};
 use crate::mlp::{Experts, Gated, MlpLayer};
+use crate::runner::RunnerOptions;
 
 const SINGLE: &str = "model.safetensors";
 
@@ -36,6 +38,29 @@ const STRIDE: usize = 64 << 10;
 
 const PAGE: usize = 4 << 10;
 
+/// What matrices are kept in when the files' own type is too large.
+///
+/// Routers keep their type: they are small, and which expert a row goes to hangs on small differences. So does any matrix
+/// whose rows are not whole blocks of 32.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Quantize {
+    /// 8.5 bits per weight.
+    Q8_0,
+    /// 4.6 bits per weight; 8.5 for embedding and head, and where rows are not whole blocks of 256.
+    Q4K,
+}
+
+impl FromStr for Quantize {
+    type Err = Error;
+    fn from_str(text: &str) -> Result<Self, Error> {
+        match text {
+            "q8_0" => Ok(Self::Q8_0),
+            "q4_k" => Ok(Self::Q4K),
+            _ => Err(Error::Option(format!("quantization `{}` is not q8_0 or q4_k", text.escape_debug()))),
+        }
+    }
+}
+
 /// The config and the checked headers of a model's files: every tensor of the plan is there in its shape, and no other.
 pub(crate) struct Opened {
     pub(crate) config: ModelConfig,
@@ -43,6 +68,7 @@ pub(crate) struct Opened {
     plan: Plan,
     files: Vec<(String, WeightBytes)>,
     tensors: HashMap<String, Place>,
+    quantize: Option<Quantize>,
 }
 
 /// Where a tensor is.
@@ -55,7 +81,7 @@ struct Place {
 }
 
 /// Reads and checks everything but the weights themselves.
-pub(crate) fn open(files: &ModelFiles) -> Result<Opened, Error> {
+pub(crate) fn open(files: &ModelFiles, quantize: Option<Quantize>) -> Result<Opened, Error> {
     let config = ModelConfig::parse(&files.required("config.json")?)?;
     let generation = match files.small("generation_config.json")? {
         Some(bytes) => GenerationDefaults::parse(&bytes)?,
@@ -81,7 +107,7 @@ pub(crate) fn open(files: &ModelFiles) -> Result<Opened, Error> {
     }
     let plan = Plan::of(&config);
     let tensors = places(&config, &plan, &files_read, indexes)?;
-    Ok(Opened { config, generation, plan, files: files_read, tensors })
+    Ok(Opened { config, generation, plan, files: files_read, tensors, quantize })
 }
 
 /// Where the plan's tensors are, each in its shape and in a type we compute with.
@@ -129,19 +155,14 @@ fn places(
     }
 }
 
-/// What a model needs in memory, from its headers alone.
+/// What a model needs in memory, from its headers alone. Threads and instruction set do not matter.
 ///
 /// # Errors
 /// When the files cannot be read or are damaged.
-pub fn inspect(
-    files: &ModelFiles,
-    context: Option<usize>,
-    slots: usize,
-    kv_type: Option<KvType>,
-) -> Result<Needs, Error> {
-    let opened = open(files)?;
-    let context = opened.context(context)?;
-    Ok(opened.needs(context, slots, opened.kv_type(kv_type)))
+pub fn inspect(files: &ModelFiles, options: &RunnerOptions) -> Result<Needs, Error> {
+    let opened = open(files, options.quantize)?;
+    let context = opened.context(options.context)?;
+    Ok(opened.needs(context, options.slots, opened.kv_type(options.kv_type)))
 }
 
 impl Opened {
@@ -158,9 +179,10 @@ impl Opened {
         }
     }
 
-    /// The cache's type: as asked for, else that of the embedding.
+    /// The cache's type: as asked for, else f16 beside quantized weights, else that of the embedding.
     pub(crate) fn kv_type(&self, asked: Option<KvType>) -> KvType {
-        asked.unwrap_or_else(|| match self.place(&self.plan.embedding.parts[0].0).kind {
+        let own = self.quantize.map(|_| KvType::F16);
+        asked.or(own).unwrap_or_else(|| match self.place(&self.plan.embedding.parts[0].0).kind {
             WeightType::F32 => KvType::F32,
             WeightType::F16 => KvType::F16,
             WeightType::Bf16 => KvType::Bf16,
@@ -172,7 +194,11 @@ impl Opened {
             let mut kinds = matrix.parts.iter().map(|(name, _)| self.place(name).kind);
             let first = kinds.next().unwrap_or(WeightType::F32);
             let kind = if kinds.all(|kind| kind == first) { first } else { WeightType::F32 };
-            Packed::bytes(kind, matrix.outputs() as u64, matrix.inputs as u64)
+            let (n, k) = (matrix.outputs() as u64, matrix.inputs as u64);
+            match self.quantization(matrix) {
+                Some(form) => Packed::quantized_bytes(form, n, k),
+                None => Packed::bytes(kind, n, k),
+            }
         });
         let positions = context.next_multiple_of(rbee_kernels::attention::BLOCK) as u64 * slots as u64;
         let kv = bytes_per_token(&self.config, kv_type);
@@ -192,13 +218,29 @@ impl Opened {
 
     fn not_finite(&self, name: &str) -> Error {
         let file = &self.files[self.place(name).file].0;
-        FileError::corrupt(file, format!("tensor `{name}` holds values that are not numbers")).into()
+        FileError::corrupt(file, format!("tensor `{name}` holds values that are not numbers, or too large")).into()
+    }
+
+    /// What a matrix is kept in, if not in its own type.
+    fn quantization(&self, matrix: &Matrix) -> Option<Quantization> {
+        let asked = self.quantize.filter(|_| matrix.role != Role::Router)?;
+        let form = match asked {
+            Quantize::Q4K if matrix.role == Role::Inner && matrix.inputs.is_multiple_of(Quantization::Q4K.block()) => {
+                Quantization::Q4K
+            }
+            Quantize::Q4K | Quantize::Q8_0 => Quantization::Q8_0,
+        };
+        matrix.inputs.is_multiple_of(form.block()).then_some(form)
     }
 
     /// A matrix, packed.
-    fn packed(&self, matrix: &Matrix) -> Result<Packed, Error> {
+    fn packed(&self, matrix: &Matrix, compute: &Compute) -> Result<Packed, Error> {
         let parts: Vec<_> = matrix.parts.iter().map(|(name, _)| self.tensor(name)).collect();
-        Packed::new(&parts, matrix.inputs).map_err(|_| self.not_finite(&matrix.parts[0].0))
+        let packed = match self.quantization(matrix) {
+            Some(form) => compute.quantized(form, &parts, matrix.inputs),
+            None => Packed::new(&parts, matrix.inputs),
+        };
+        packed.map_err(|_| self.not_finite(&matrix.parts[0].0))
     }
 
     /// A vector as f32.
@@ -212,7 +254,7 @@ impl Opened {
         for (name, _) in matrix.biases() {
             bias.extend(self.vector(&name)?);
         }
-        let weights = Arc::new(self.packed(matrix)?);
+        let weights = Arc::new(self.packed(matrix, compute)?);
         Ok(Linear { weights, bias: matrix.biased.then_some(bias), compute: compute.clone() })
     }
 
@@ -272,10 +314,10 @@ impl Opened {
             });
             each(total * (i as u64 + 1) / (self.plan.layers.len() as u64 + 1), total);
         }
-        let embedding = Arc::new(self.packed(&self.plan.embedding)?);
+        let embedding = Arc::new(self.packed(&self.plan.embedding, compute)?);
         let head = match &self.plan.head {
             None => Arc::clone(&embedding),
-            Some(head) => Arc::new(self.packed(head)?),
+            Some(head) => Arc::new(self.packed(head, compute)?),
         };
         each(total, total);
         let head = Linear { weights: head, bias: None, compute: compute.clone() };

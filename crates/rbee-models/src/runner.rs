@@ -10,7 +10,7 @@ use rbee_engine::runner::{
 use rbee_kernels::Isa;
 use rbee_kernels::attention::{BLOCK, PARTIAL};
 use rbee_kernels::candle::Compute;
-use rbee_kernels::simd::Element;
+use rbee_kernels::kv_form::{KvForm, Q8Kv};
 use rbee_weights::config::{GenerationDefaults, ModelConfig};
 use rbee_weights::needs::Needs;
 use sha2::{Digest, Sha256};
@@ -19,7 +19,7 @@ use crate::decoder::{Decoder, Pass, Ropes, rows};
 use crate::error::Error;
 use crate::files::ModelFiles;
 use crate::kv::{KvStore, KvType};
-use crate::loader::{self, Opened};
+use crate::loader::{self, Opened, Quantize};
 
 /// Rises with every change of the arithmetic: it is part of the numerics id.
 const NUMERICS: u32 = 3;
@@ -36,8 +36,10 @@ pub struct RunnerOptions {
     pub slots: usize,
     /// Most tokens of one sequence; the model's own, but at most 4096, unless given.
     pub context: Option<usize>,
-    /// Type of the KV cache; the weights' own unless given.
+    /// Type of the KV cache; the weights' own unless given, f16 beside quantized weights.
     pub kv_type: Option<KvType>,
+    /// Keeps the matrices with fewer bits than the files have.
+    pub quantize: Option<Quantize>,
     /// Instruction set to use instead of the widest: `avx512`, `avx2` or `scalar`.
     pub isa: Option<String>,
 }
@@ -62,6 +64,7 @@ enum Kv {
     F32(Mutex<KvStore<f32>>),
     F16(Mutex<KvStore<f16>>),
     Bf16(Mutex<KvStore<bf16>>),
+    Q8_0(Mutex<KvStore<Q8Kv>>),
 }
 
 /// Loads a model. `steps` advances with each layer of each step; `progress` is told bytes done and bytes in all.
@@ -78,7 +81,7 @@ pub fn load(
     if options.threads > MAX_THREADS {
         return Err(Error::Option(format!("{} threads are more than {MAX_THREADS}", options.threads)));
     }
-    let opened: Opened = loader::open(files)?;
+    let opened: Opened = loader::open(files, options.quantize)?;
     let context = opened.context(options.context)?;
     let kv_type = opened.kv_type(options.kv_type);
     let needs = opened.needs(context, options.slots, kv_type);
@@ -91,10 +94,15 @@ pub fn load(
         KvType::F32 => Kv::F32(Mutex::new(KvStore::new(&config, blocks)?)),
         KvType::F16 => Kv::F16(Mutex::new(KvStore::new(&config, blocks)?)),
         KvType::Bf16 => Kv::Bf16(Mutex::new(KvStore::new(&config, blocks)?)),
+        KvType::Q8_0 => Kv::Q8_0(Mutex::new(KvStore::new(&config, blocks)?)),
     };
     // All instruction sets give the same bits, so none is part of the id. The config is: the same weights under another
     // rope are another model.
-    let facts = format!("{NUMERICS} {} {digest} {config:?} f32 {kv_type:?} {PARTIAL}", env!("CARGO_PKG_VERSION"));
+    let facts = format!(
+        "{NUMERICS} {} {digest} {config:?} f32 {:?} {kv_type:?} {PARTIAL}",
+        env!("CARGO_PKG_VERSION"),
+        options.quantize
+    );
     let numerics_id = Sha256::digest(facts).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
     Ok(CandleRunner {
         limits: ModelLimits { vocab: config.vocab, context, block_size: BLOCK, kv_blocks: blocks },
@@ -144,13 +152,14 @@ impl CandleRunner {
 
     /// Bytes of weights and of KV as they are in memory.
     pub fn held(&self) -> (u64, u64) {
-        fn kv<T: Element>(kv: &Mutex<KvStore<T>>) -> u64 {
+        fn kv<F: KvForm>(kv: &Mutex<KvStore<F>>) -> u64 {
             kv.lock().unwrap_or_else(PoisonError::into_inner).held()
         }
         let kv = match &self.kv {
             Kv::F32(store) => kv(store),
             Kv::F16(store) => kv(store),
             Kv::Bf16(store) => kv(store),
+            Kv::Q8_0(store) => kv(store),
         };
         (self.decoder.held(), kv)
     }
@@ -165,7 +174,7 @@ impl CandleRunner {
         &self.numerics_id
     }
 
-    fn forward<T: Element>(&self, kv: &Mutex<KvStore<T>>, batch: &StepBatch<'_>) -> candle_core::Result<Tensor> {
+    fn forward<F: KvForm>(&self, kv: &Mutex<KvStore<F>>, batch: &StepBatch<'_>) -> candle_core::Result<Tensor> {
         let rows = rows(&batch.chunks);
         let pass = Pass {
             config: &self.config,
@@ -215,6 +224,7 @@ impl ModelRunner for CandleRunner {
             Kv::F32(kv) => self.forward(kv, batch),
             Kv::F16(kv) => self.forward(kv, batch),
             Kv::Bf16(kv) => self.forward(kv, batch),
+            Kv::Q8_0(kv) => self.forward(kv, batch),
         }
         .map_err(failed)?;
         let mut row = 0u32;

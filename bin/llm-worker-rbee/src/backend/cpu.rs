@@ -1,20 +1,21 @@
 //! The model itself, on the CPU.
 
 use std::path::Path;
+use std::str::FromStr;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rbee_engine::{OutputText, Pushed, StepCounter, TokenId};
-use rbee_models::{Error, KvType, ModelFiles, Needs, RunnerOptions};
+use rbee_models::{Error, ModelFiles, Needs, RunnerOptions};
 use rbee_tokenizer::{
     Chat, ChatTemplate, Controls, Error as TextError, GenerationPrompt, Specials, Start, StopMatcher, TextStream,
     Tokenizer, TokenizerConfig, message,
 };
 use rbee_wire::job::Generation;
-use rbee_wire::worker::{LoadProgress, WorkerCharge, WorkerMemory};
+use rbee_wire::worker::{LoadOptions, LoadProgress, WorkerCharge, WorkerMemory};
 use rbee_wire::{ErrorBody, ErrorCode, ModelRef};
 use serde_json::Value;
 
-use super::{Encoded, Facts, Parts, SamplingDefaults, TextSide};
+use super::{DEFAULT_SLOTS, Encoded, Facts, Parts, SamplingDefaults, TextSide};
 
 macro_rules! tinybee {
     ($($name:literal),*) => {
@@ -69,19 +70,29 @@ fn text_error(model: &ModelRef, error: &TextError) -> ErrorBody {
     ErrorBody::new(code, format!("{model} cannot be loaded: {error}"))
 }
 
-fn kv_type(text: Option<&str>) -> Result<Option<KvType>, ErrorBody> {
-    let parsed = text.map(str::parse).transpose();
-    parsed.map_err(|error: Error| ErrorBody::new(ErrorCode::InvalidRequest, error.to_string()))
+/// The options of a load, each checked.
+fn options(load: &LoadOptions) -> Result<RunnerOptions, ErrorBody> {
+    fn named<T: FromStr<Err = Error>>(text: Option<&str>) -> Result<Option<T>, ErrorBody> {
+        let parsed = text.map(str::parse).transpose();
+        parsed.map_err(|error: Error| ErrorBody::new(ErrorCode::InvalidRequest, error.to_string()))
+    }
+    Ok(RunnerOptions {
+        threads: load.threads.map_or_else(physical_cores, |threads| threads as usize),
+        slots: load.slots.unwrap_or(DEFAULT_SLOTS) as usize,
+        context: load.ctx.map(|ctx| ctx as usize),
+        kv_type: named(load.kv_type.as_deref())?,
+        quantize: named(load.quantize.as_deref())?,
+        isa: std::env::var("RBEE_ISA").ok(),
+    })
 }
 
 /// What a model needs in memory, without loading it.
 ///
 /// # Errors
 /// When its files cannot be used.
-pub fn inspect(model: &ModelRef, ctx: Option<u32>, slots: u32, kv: Option<&str>) -> Result<Needs, ErrorBody> {
-    let files = files(model)?;
-    let (context, kv) = (ctx.map(|ctx| ctx as usize), kv_type(kv)?);
-    crate::memory::bounded(parse_bound(model, &files)?, || rbee_models::inspect(&files, context, slots as usize, kv))
+pub fn inspect(model: &ModelRef, load: &LoadOptions) -> Result<Needs, ErrorBody> {
+    let (files, options) = (files(model)?, options(load)?);
+    crate::memory::bounded(parse_bound(model, &files)?, || rbee_models::inspect(&files, &options))
         .map_err(|error| files_error(model, &error))
 }
 
@@ -124,7 +135,7 @@ fn parse(model: &ModelRef, files: &ModelFiles, options: &RunnerOptions) -> Resul
     let failed = |error: Error| files_error(model, &error);
     let text = |error: TextError| text_error(model, &error);
     let tokenizer_bytes = files.required("tokenizer.json").map_err(failed)?;
-    rbee_models::inspect(files, options.context, options.slots, options.kv_type).map_err(failed)?;
+    rbee_models::inspect(files, options).map_err(failed)?;
     let config = match files.small("tokenizer_config.json").map_err(failed)? {
         Some(bytes) => TokenizerConfig::from_json(&bytes).map_err(text)?,
         None => TokenizerConfig::default(),
@@ -137,7 +148,6 @@ fn parse(model: &ModelRef, files: &ModelFiles, options: &RunnerOptions) -> Resul
 
 pub(super) fn load(
     charge: &WorkerCharge,
-    slots: usize,
     steps: &StepCounter,
     progress: &dyn Fn(LoadProgress),
 ) -> Result<Parts, ErrorBody> {
@@ -146,13 +156,7 @@ pub(super) fn load(
     }
     let model = &charge.model;
     let files = files(model)?;
-    let options = RunnerOptions {
-        threads: charge.threads.map_or_else(physical_cores, |threads| threads as usize),
-        slots,
-        context: charge.ctx.map(|ctx| ctx as usize),
-        kv_type: kv_type(charge.kv_type.as_deref())?,
-        isa: std::env::var("RBEE_ISA").ok(),
-    };
+    let options = options(&charge.load)?;
     let failed = |error: Error| files_error(model, &error);
     // All that is parsed comes first, within bounds: a folder that is not a model's is refused before gigabytes are read.
     let parsed = crate::memory::bounded(parse_bound(model, &files)?, || parse(model, &files, &options))?;

@@ -35,7 +35,7 @@ pub(super) fn load(
     if args.sim_load_fails {
         return Err(ErrorBody::new(ErrorCode::ModelLoadFailed, "the simulated load was told to fail"));
     }
-    let context = charge.ctx.unwrap_or(args.sim_context) as usize;
+    let context = charge.load.ctx.unwrap_or(args.sim_context) as usize;
     let model = SimModel {
         seed: args.sim_seed,
         eos_every: args.sim_eos_every,

@@ -3,6 +3,7 @@
 use rbee_client::{ClientError, HiveClient};
 use rbee_wire::job::{OfBinary, OfModel, OfProcess, OfStored, OfWorker, OnHive as AtHive, WorkerSpawn};
 use rbee_wire::view::StatusView;
+use rbee_wire::worker::LoadOptions;
 use rbee_wire::{HiveId, JobRequest, WorkerId};
 use serde_json::{Value, json};
 
@@ -65,11 +66,13 @@ async fn spawn(context: &Context, args: SpawnArgs) -> Result<Outcome, Failure> {
         model: model_ref(&args.model, context.user.as_deref())?,
         device: args.device,
         replicas: args.replicas,
-        ctx: args.ctx,
-        slots: args.slots,
-        threads: args.threads,
-        kv_type: args.kv_type,
-        quantize: args.quantize,
+        load: LoadOptions {
+            ctx: args.ctx,
+            slots: args.slots,
+            threads: args.threads,
+            kv_type: args.kv_type,
+            quantize: args.quantize,
+        },
         wait: Some(!args.no_wait),
     });
     let values = call(context, Start::IfNeeded, &job).await?;

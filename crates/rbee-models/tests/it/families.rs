@@ -4,7 +4,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use rbee_models::{KvType, ModelFiles, RunnerOptions, inspect};
+use rbee_models::{KvType, ModelFiles, Quantize, RunnerOptions, inspect};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
@@ -67,8 +67,13 @@ fn rows_of_every_architecture_depend_on_their_own_text_alone() {
     for fixture in all() {
         let golden: Golden = serde_json::from_slice(&fs::read(fixture.join("golden.json")).unwrap()).unwrap();
         let tokens: Vec<u32> = golden.cases[1].prompt.iter().chain(&golden.cases[1].greedy).copied().collect();
-        for kv in [KvType::F32, KvType::F16, KvType::Bf16] {
-            let options = RunnerOptions { slots: 2, ..with_kv(kv) };
+        for (kv, quantize) in [
+            (KvType::F32, None),
+            (KvType::F16, Some(Quantize::Q8_0)),
+            (KvType::Bf16, None),
+            (KvType::Q8_0, Some(Quantize::Q4K)),
+        ] {
+            let options = RunnerOptions { slots: 2, quantize, ..with_kv(kv) };
             let want = logits(&mut runner(&fixture, &options), &tokens, &[], &blocks(0, 1, tokens.len()));
             for (threads, isa, cuts) in
                 [(1, None, &[1; 110][..]), (3, Some("avx2"), &[17, 1, 40]), (2, Some("scalar"), &[63])]
@@ -85,10 +90,12 @@ fn rows_of_every_architecture_depend_on_their_own_text_alone() {
 #[test]
 fn the_bytes_needed_are_those_taken() {
     for fixture in all().into_iter().chain([tinybee()]) {
-        for kv in [KvType::F32, KvType::Bf16] {
+        for (kv, quantize) in
+            [(KvType::F32, None), (KvType::Bf16, Some(Quantize::Q4K)), (KvType::Q8_0, Some(Quantize::Q8_0))]
+        {
             let files = ModelFiles::folder(&fixture).unwrap();
-            let needs = inspect(&files, Some(200), 3, Some(kv)).unwrap();
-            let options = RunnerOptions { slots: 3, context: Some(200), ..with_kv(kv) };
+            let options = RunnerOptions { slots: 3, context: Some(200), quantize, ..with_kv(kv) };
+            let needs = inspect(&files, &options).unwrap();
             let (weights, store) = runner(&fixture, &options).held();
             for (said, taken) in [(needs.weights, weights), (needs.kv, store)] {
                 assert!(said.abs_diff(taken) * 20 <= taken, "{}: {said} said, {taken} taken", fixture.display());

@@ -20,7 +20,7 @@ proptest! {
         cuts in prop::collection::vec(1usize..40, 0..6),
         others in prop::collection::vec((0u32..1000, 1usize..30), 0..3),
         threads in 1usize..5,
-        kv in prop::sample::select(vec![KvType::F32, KvType::F16, KvType::Bf16]),
+        kv in prop::sample::select(vec![KvType::F32, KvType::F16, KvType::Bf16, KvType::Q8_0]),
         isa in prop::sample::select(vec![None, Some("avx2"), Some("scalar")]),
     ) {
         let tokens = tokens(seed, len);

@@ -4,6 +4,7 @@
 
 mod families;
 mod invariance;
+mod quantized;
 mod reference;
 mod support;
 mod tinybee;

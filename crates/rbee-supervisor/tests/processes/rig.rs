@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use rbee_supervisor::state::Timing;
 use rbee_supervisor::{SpawnSpec, Supervisor};
 use rbee_wire::hive::{Process, ProcessExit, ProcessState};
-use rbee_wire::worker::WorkerCharge;
+use rbee_wire::worker::{LoadOptions, WorkerCharge};
 use rbee_wire::{DeviceId, HiveId, Incarnation, ModelRef, WorkerId};
 use rustix::process::{Pid, Signal};
 use tempfile::TempDir;
@@ -103,10 +103,7 @@ fn spec(program: PathBuf, args: Vec<String>) -> SpawnSpec {
             queen_token: None,
             model: ModelRef::Tinybee,
             device: DeviceId::new("cpu").unwrap(),
-            ctx: None,
-            slots: None,
-            threads: None,
-            kv_type: None,
+            load: LoadOptions::default(),
         }
     };
     SpawnSpec { program, args, charge: Arc::new(charge), reserved: 0 }
