@@ -1,15 +1,16 @@
 //! `cargo xtask bench`: figures for `docs/PERFORMANCE.md`, measured on real processes.
 //!
-//! The programs must be built: `cargo build --release --workspace --bins`.
+//! For relay and start the programs must be built: `cargo build --release --workspace --bins`.
 
+mod engine;
 mod machine;
 mod relay;
 mod start;
 
 use anyhow::{Result, bail};
 
-const USAGE: &str =
-    "usage: cargo xtask bench relay [--streams N] [--tokens N] [--workers N] [--rounds N] | bench start [--times N]";
+const USAGE: &str = "usage: cargo xtask bench relay [--streams N] [--tokens N] [--workers N] [--rounds N] | bench start [--times N] \
+     | bench engine [--shape 135m|360m|1.1b] [--quantize FORM] [--kv-type T] [--threads N] [--rounds N]";
 
 /// Runs the bench that the arguments after `bench` name.
 ///
@@ -18,6 +19,7 @@ const USAGE: &str =
 pub fn run(args: &[String]) -> Result<()> {
     match args.split_first() {
         Some((name, rest)) if name == "relay" => relay::run(&relay::Plan::parse(rest)?),
+        Some((name, rest)) if name == "engine" => engine::run(rest),
         Some((name, rest)) if name == "start" => start::run(numbers(rest, [("--times", 7)])?[0]),
         _ => bail!(USAGE),
     }

@@ -9,14 +9,16 @@
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
+use std::time::Duration;
 
 use crate::error::{EngineError, Overloaded};
 use crate::gate::{Gate, Permit};
 use crate::kv::block_pool::{BlockPool, Root};
+use crate::pace::Pace;
 use crate::request::{Finish, Output, Request, RequestId, Spec};
 use crate::runner::{Chunk, Logits, LogitsWanted, ModelLimits, ModelRunner, RunnerError, StepBatch};
 use crate::sampling::Sampler;
-use crate::schedule::{self, Planned};
+use crate::schedule::{self, Bounds, Planned};
 use crate::sequence::Sequence;
 
 /// Steps without trouble after which a budget that was cut for want of memory is doubled again.
@@ -97,6 +99,9 @@ pub struct Engine {
     /// Tokens of a step for now: below the configured number after the device ran out of memory.
     budget: usize,
     calm: u32,
+    pace: Pace,
+    /// Sequences that decoded in the last step, and its prompt tokens.
+    makeup: (usize, usize),
     steps: u64,
     last_request: u64,
     prompt_tokens: u64,
@@ -137,6 +142,8 @@ impl Engine {
             pending: Vec::new(),
             budget: config.step_tokens,
             calm: 0,
+            pace: Pace::default(),
+            makeup: (0, 0),
             steps: 0,
             last_request: 0,
             prompt_tokens: 0,
@@ -261,16 +268,25 @@ impl Engine {
         outputs.append(&mut self.pending);
         self.admit(outputs);
         loop {
-            schedule::plan(&self.running, self.budget, self.config.prefill_chunk, &mut self.plan);
+            let (budget, chunk) = (self.budget, self.config.prefill_chunk);
+            schedule::plan(&self.running, Bounds { budget, chunk, beside: self.pace.most() }, &mut self.plan);
             if self.grow() {
                 break;
             }
             self.preempt();
         }
+        self.makeup = (0, 0);
         if self.plan.is_empty() {
             return;
         }
         self.steps += 1;
+        for planned in &self.plan {
+            if self.running[planned.sequence].is_decoding() {
+                self.makeup.0 += 1;
+            } else {
+                self.makeup.1 += planned.count;
+            }
+        }
         match self.compute() {
             Ok(()) => {
                 self.calm += 1;
@@ -283,6 +299,12 @@ impl Engine {
             Err(RunnerError::OutOfMemory(reason)) => self.shrink(reason, outputs),
             Err(RunnerError::Forward(reason)) => self.fail(&EngineError::Forward(reason), outputs),
         }
+    }
+
+    /// How long the last step took: from this the engine learns how many prompt tokens may join those that decode.
+    pub fn took(&mut self, time: Duration) {
+        let (decoding, prompt) = std::mem::take(&mut self.makeup);
+        self.pace.learn(decoding, prompt, time);
     }
 
     /// Moves waiting sequences, in order, to free slots with blocks for all their tokens.

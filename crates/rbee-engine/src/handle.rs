@@ -287,6 +287,11 @@ impl EngineHandle {
     }
 }
 
+#[expect(clippy::disallowed_methods, reason = "steps and outputs are timed where the engine is not pure any more")]
+fn now() -> Instant {
+    Instant::now()
+}
+
 struct EngineThread {
     engine: Engine,
     published: Arc<Published>,
@@ -346,7 +351,9 @@ impl EngineThread {
                 }
             }
             publish(&self.published, self.engine.stats());
+            let before = now();
             self.engine.step(&mut self.outputs);
+            self.engine.took(now() - before);
             // Published before the outputs are: whoever has seen a stream end finds its memory free.
             publish(&self.published, self.engine.stats());
             if self.engine.has_failed() {
@@ -387,9 +394,8 @@ impl EngineThread {
         }
     }
 
-    #[expect(clippy::disallowed_methods, reason = "outputs are timed where the engine is not pure any more")]
     fn deliver(&mut self) {
-        let now = Instant::now();
+        let now = now();
         for (id, output) in self.outputs.drain(..) {
             // A request without a sink has been told its end already.
             let Some(sink) = self.sinks.get(&id) else { continue };

@@ -13,12 +13,25 @@ pub(crate) struct Planned {
     pub(crate) logits: LogitsWanted,
 }
 
-/// Fills `plan` with at most `budget` tokens: decoding sequences first, so that a long prompt never
-/// stops a running stream, then prompts in order of admission, each in chunks of at most `chunk`.
+/// How many tokens a step may have.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Bounds {
+    /// In all.
+    pub(crate) budget: usize,
+    /// Of one prompt.
+    pub(crate) chunk: usize,
+    /// Of all prompts, beside sequences that decode.
+    pub(crate) beside: usize,
+}
+
+/// Fills `plan`: decoding sequences first, so that a long prompt never stops a running stream, then prompts. The prompt
+/// that was admitted first has half of what is left, so that it always gets on, and the shortest have the rest, so
+/// that nobody waits long behind a long one.
 ///
 /// A budget below the number of sequences, which only want of memory can cause, goes in single tokens
 /// to those that have waited longest.
-pub(crate) fn plan(running: &[Sequence], budget: usize, chunk: usize, plan: &mut Vec<Planned>) {
+pub(crate) fn plan(running: &[Sequence], bounds: Bounds, plan: &mut Vec<Planned>) {
+    let Bounds { budget, chunk, beside } = bounds;
     plan.clear();
     let part = |sequence: usize, most: usize| {
         let pending = running[sequence].pending();
@@ -34,12 +47,20 @@ pub(crate) fn plan(running: &[Sequence], budget: usize, chunk: usize, plan: &mut
     }
     plan.extend((0..running.len()).filter(|i| running[*i].is_decoding()).map(|i| part(i, 1)));
     let mut left = budget - plan.len();
-    for i in (0..running.len()).filter(|i| !running[*i].is_decoding()) {
-        if left == 0 {
-            break;
-        }
-        let next = part(i, chunk.min(left));
-        left -= next.count;
-        plan.push(next);
+    if !plan.is_empty() {
+        left = left.min(beside);
     }
+    let mut prompts: Vec<usize> = (0..running.len()).filter(|i| !running[*i].is_decoding()).collect();
+    let Some(&oldest) = prompts.first() else { return };
+    // The oldest's share first, then the shortest, then what is left to the oldest.
+    let share = if prompts.len() > 1 { left.div_ceil(2) } else { left };
+    let mut counts = vec![0; running.len()];
+    prompts.sort_by_key(|i| running[*i].pending());
+    let turns = [(oldest, share)].into_iter().chain(prompts.iter().map(|i| (*i, usize::MAX)));
+    for (i, most) in turns {
+        let count = part(i, chunk).count.min(counts[i] + most.min(left));
+        left -= count - counts[i];
+        counts[i] = count;
+    }
+    plan.extend(prompts.into_iter().filter(|i| counts[*i] > 0).map(|i| part(i, counts[i])));
 }

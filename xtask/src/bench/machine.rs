@@ -32,6 +32,11 @@ impl Busy {
         Self { work: ticks(&[0, 1, 2, 5, 6]), stolen: ticks(&[7]) }
     }
 
+    /// The share of all processors' time since `before` that others took from this machine.
+    pub(super) fn stolen_share(self, before: Self, wall: Duration) -> f64 {
+        (self.stolen - before.stolen).as_secs_f64() / (wall.as_secs_f64() * cores() as f64)
+    }
+
     /// The share of all processors that others had since `before`, of which `ours` was our own processes' work.
     pub(super) fn foreign_share(self, before: Self, ours: Duration, wall: Duration) -> f64 {
         let work = (self.work - before.work).saturating_sub(ours) + (self.stolen - before.stolen);

@@ -221,18 +221,26 @@ fn cancelling_frees_the_memory_at_once_wherever_the_request_is() {
     assert!(!engine.has_work());
 }
 
-#[test]
-fn running_streams_go_first_and_a_step_keeps_to_its_budget() {
-    let seen = Arc::new(Mutex::new(Vec::new()));
+/// Tokens, start and whether logits are wanted of each chunk of each step.
+type Steps = Arc<Mutex<Vec<Vec<(usize, usize, bool)>>>>;
+
+fn watched(config: EngineConfig) -> (Engine, Steps) {
+    let seen = Steps::default();
     let log = Arc::clone(&seen);
-    let config = EngineConfig { slots: 3, step_tokens: 10, prefill_chunk: 8, queue: 0 };
-    let mut engine = hooked(config, move |batch, logits| {
+    let engine = hooked(config, move |batch, logits| {
         if logits.is_none() {
             let chunks = batch.chunks.iter().map(|c| (c.tokens.len(), c.start, c.logits == LogitsWanted::Last));
             log.lock().unwrap().push(chunks.collect::<Vec<_>>());
         }
         Ok(())
     });
+    (engine, seen)
+}
+
+#[test]
+fn running_streams_go_first_then_the_oldest_prompt_and_the_shortest() {
+    let config = EngineConfig { slots: 3, step_tokens: 10, prefill_chunk: 8, queue: 0 };
+    let (mut engine, seen) = watched(config);
     let mut outputs = Vec::new();
     engine.submit(request(&[1; 2], 9)).unwrap();
     engine.step(&mut outputs);
@@ -243,12 +251,40 @@ fn running_streams_go_first_and_a_step_keeps_to_its_budget() {
     }
     let want: [&[_]; 5] = [
         &[(2, 0, true)],
-        &[(1, 2, true), (8, 0, false), (1, 0, false)],
-        &[(1, 3, true), (8, 8, false), (1, 1, false)],
-        &[(1, 4, true), (1, 16, true), (1, 2, true)],
-        &[(1, 5, true), (1, 17, true), (1, 3, true)],
+        // Of nine tokens the long prompt has five, the short one the three it needs, and the long one the last.
+        &[(1, 2, true), (3, 0, true), (6, 0, false)],
+        &[(1, 3, true), (1, 3, true), (8, 6, false)],
+        &[(1, 4, true), (3, 14, true)],
+        &[(1, 5, true), (1, 17, true)],
     ];
     assert_eq!(*seen.lock().unwrap(), want);
+}
+
+#[test]
+fn prompts_join_running_streams_in_pieces_that_hardly_stretch_a_step() {
+    let config = EngineConfig { slots: 2, step_tokens: 200, prefill_chunk: 100, queue: 0 };
+    let (mut engine, seen) = watched(config);
+    let ms = std::time::Duration::from_millis;
+    let mut outputs = Vec::new();
+    let mut step = |engine: &mut Engine| {
+        engine.step(&mut outputs);
+        // A model whose step takes 20 ms, and 2 ms for each token of a prompt.
+        let prompt = |chunk: &&(usize, usize, bool)| chunk.0 > 1;
+        let tokens: usize = seen.lock().unwrap().last().unwrap().iter().filter(prompt).map(|chunk| chunk.0).sum();
+        let took = ms(20 + 2 * tokens as u64);
+        engine.took(took);
+        took
+    };
+    engine.submit(request(&[1; 2], 200)).unwrap();
+    for _ in 0..10 {
+        step(&mut engine);
+    }
+    engine.submit(request(&[2; 180], 2)).unwrap();
+    // The first piece is a guess; from then on a step takes less than twice as long.
+    step(&mut engine);
+    let stretched: Vec<_> = (0..20).map(|_| step(&mut engine)).collect();
+    assert!(stretched.iter().all(|took| *took < ms(40)), "{stretched:?}");
+    assert!(stretched.iter().all(|took| *took > ms(30)), "no more is held back than must be: {stretched:?}");
 }
 
 #[test]
