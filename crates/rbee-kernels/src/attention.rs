@@ -27,6 +27,7 @@ pub trait KvBlocks {
 }
 
 /// Values of a position, padded to whole vectors.
+#[inline(always)]
 pub fn width(dim: usize) -> usize {
     dim.next_multiple_of(LANES)
 }
@@ -204,6 +205,7 @@ impl<K: KvBlocks> Attend<'_, K> {
         // SAFETY: `R` heads of `dim` values, keys of `dim` vectors, room for `R` rows of scores.
         unsafe {
             let q = q.as_ptr().add(head * dim);
+            let rows: [*const f32; R] = std::array::from_fn(|r| q.add(r * dim));
             let mut sums = [[L::splat(0.0); B]; R];
             for group in (0..dim).step_by(K::Form::GROUP) {
                 let scales = keys.map(|keys| K::Form::scale::<L>(keys, group));
@@ -213,7 +215,7 @@ impl<K: KvBlocks> Attend<'_, K> {
                         *lane = K::Form::key(keys[b], i, scales[b]);
                     }
                     for (r, sums) in sums.iter_mut().enumerate() {
-                        let value = L::splat(*q.add(r * dim + i));
+                        let value = L::splat(*rows[r].add(i));
                         for (sum, lane) in sums.iter_mut().zip(lanes) {
                             *sum = value.fma(lane, *sum);
                         }
@@ -262,22 +264,26 @@ impl<K: KvBlocks> Attend<'_, K> {
         // SAFETY: `R` rows of weights, values of `wide` lanes per position, room for `R` rows of sums.
         unsafe {
             let weights = self.scratch.scores.as_ptr().add(head * PARTIAL);
+            let stride = K::Form::stride(dim);
             let mut sums = [[L::splat(0.0); V]; R];
             for block in part.from / BLOCK..part.len.div_ceil(BLOCK) {
                 let hidden = part.from.saturating_sub(block * BLOCK);
                 let positions = BLOCK.min(part.len - block * BLOCK);
                 let values = self.kv.values(part.start / BLOCK + block)[..K::Form::value_len(dim)].as_ptr();
+                let rows: [*const f32; R] = std::array::from_fn(|r| weights.add(r * PARTIAL + block * BLOCK));
+                let mut at = values.add(hidden * stride);
                 for position in hidden..positions {
                     let mut lanes = [L::splat(0.0); V];
                     for (v, lane) in lanes.iter_mut().enumerate() {
-                        *lane = K::Form::value(values, dim, position, vector + v);
+                        *lane = K::Form::value(at, dim, vector + v);
                     }
                     for (r, sums) in sums.iter_mut().enumerate() {
-                        let weight = L::splat(*weights.add(r * PARTIAL + block * BLOCK + position));
+                        let weight = L::splat(*rows[r].add(position));
                         for (sum, lane) in sums.iter_mut().zip(lanes) {
                             *sum = weight.fma(lane, *sum);
                         }
                     }
+                    at = at.wrapping_add(stride);
                 }
             }
             let out = self.scratch.sums.as_mut_ptr().add(head * wide + vector * LANES);

@@ -38,11 +38,13 @@ pub trait KvForm: 'static {
     /// # Safety
     /// As above.
     unsafe fn key<L: Lanes>(keys: *const Self::Unit, i: usize, scale: Self::Scale<L>) -> L;
-    /// Dimensions `16 * vector..` of the value of a position.
+    /// Units of the value of one position.
+    fn stride(dim: usize) -> usize;
+    /// Dimensions `16 * vector..` of the value of a position, of `dim` in all.
     ///
     /// # Safety
-    /// As above, for a block's values of `dim` dimensions.
-    unsafe fn value<L: Lanes>(values: *const Self::Unit, dim: usize, position: usize, vector: usize) -> L;
+    /// As above, for the position's value.
+    unsafe fn value<L: Lanes>(at: *const Self::Unit, dim: usize, vector: usize) -> L;
 }
 
 impl<T: Element> KvForm for T {
@@ -74,9 +76,13 @@ impl<T: Element> KvForm for T {
         unsafe { L::load(keys.add(i * BLOCK)) }
     }
     #[inline(always)]
-    unsafe fn value<L: Lanes>(values: *const T, dim: usize, position: usize, vector: usize) -> L {
+    fn stride(dim: usize) -> usize {
+        width(dim)
+    }
+    #[inline(always)]
+    unsafe fn value<L: Lanes>(at: *const T, _: usize, vector: usize) -> L {
         // SAFETY: the caller's.
-        unsafe { L::load(values.add(position * width(dim) + vector * LANES)) }
+        unsafe { L::load(at.add(vector * LANES)) }
     }
 }
 
@@ -93,11 +99,6 @@ const SCALE: usize = size_of::<f32>();
 
 /// Bytes of the keys of a whole group in a block.
 const KEYS: usize = BLOCK * (SCALE + GROUP);
-
-/// Bytes of the value of one position.
-fn stride(dim: usize) -> usize {
-    width(dim) + dim.div_ceil(GROUP) * SCALE
-}
 
 /// The scale of some values: what is not a number stays none.
 fn scale_of(values: &[f32]) -> f32 {
@@ -121,7 +122,7 @@ impl KvForm for Q8Kv {
         BLOCK * (dim.div_ceil(GROUP) * SCALE + dim)
     }
     fn value_len(dim: usize) -> usize {
-        BLOCK * stride(dim)
+        BLOCK * Self::stride(dim)
     }
     fn write_key(block: &mut [u8], offset: usize, key: &[f32]) {
         for (key, block) in key.chunks(GROUP).zip(block.chunks_mut(KEYS)) {
@@ -133,7 +134,7 @@ impl KvForm for Q8Kv {
         }
     }
     fn write_value(block: &mut [u8], offset: usize, value: &[f32]) {
-        let (bytes, scales) = block[offset * stride(value.len())..].split_at_mut(width(value.len()));
+        let (bytes, scales) = block[offset * Self::stride(value.len())..].split_at_mut(width(value.len()));
         let groups = value.chunks(GROUP).zip(bytes.chunks_mut(GROUP)).zip(scales.as_chunks_mut::<SCALE>().0);
         for ((value, bytes), to) in groups {
             let scale = scale_of(value);
@@ -157,10 +158,13 @@ impl KvForm for Q8Kv {
         }
     }
     #[inline(always)]
-    unsafe fn value<L: Lanes>(values: *const u8, dim: usize, position: usize, vector: usize) -> L {
+    fn stride(dim: usize) -> usize {
+        width(dim) + dim.div_ceil(GROUP) * SCALE
+    }
+    #[inline(always)]
+    unsafe fn value<L: Lanes>(at: *const u8, dim: usize, vector: usize) -> L {
         // SAFETY: the caller's: a position has `width` bytes and then its scales.
         unsafe {
-            let at = values.add(position * stride(dim));
             let scale = at.add(width(dim) + vector * LANES / GROUP * SCALE).cast::<f32>().read_unaligned();
             L::load_i8(at.add(vector * LANES).cast()).fma(L::splat(scale), L::splat(0.0))
         }

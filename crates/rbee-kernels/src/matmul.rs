@@ -74,6 +74,7 @@ impl<S: Stored> Kernel for Columns<'_, S> {
                 row += unsafe {
                     match self.part.m - row {
                         6.. if L::WIDE => self.block::<L, 6, VECTORS>(row, panel),
+                        4.. if L::WIDE => self.block::<L, 4, VECTORS>(row, panel),
                         3.. if L::WIDE => self.block::<L, 3, VECTORS>(row, panel),
                         2.. if L::WIDE => self.block::<L, 2, VECTORS>(row, panel),
                         4.. => self.block::<L, 4, 1>(row, panel),
@@ -102,6 +103,7 @@ impl<S: Stored> Columns<'_, S> {
                 let mut sums = [[L::splat(0.0); V]; R];
                 for start in (0..k).step_by(self.w.run()) {
                     let at = self.w.at(panel, start / self.w.run());
+                    let rows: [*const f32; R] = std::array::from_fn(|r| x.add(r * k + start));
                     let scales: [S::Scale<L>; V] = std::array::from_fn(|v| S::scale::<L>(at, first + v));
                     for i in 0..self.w.run() {
                         let mut weights = [L::splat(0.0); V];
@@ -109,7 +111,7 @@ impl<S: Stored> Columns<'_, S> {
                             *weight = S::load(at, i, first + v, scales[v]);
                         }
                         for (r, sums) in sums.iter_mut().enumerate() {
-                            let value = L::splat(*x.add(r * k + start + i));
+                            let value = L::splat(*rows[r].add(i));
                             for (sum, weight) in sums.iter_mut().zip(weights) {
                                 *sum = value.fma(weight, *sum);
                             }

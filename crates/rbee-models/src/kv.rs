@@ -93,8 +93,9 @@ impl<F: KvForm> KvStore<F> {
         (size_of_val(&self.keys[..]) + size_of_val(&self.values[..])) as u64
     }
 
+    /// Blocks of one head are neighbours, so that one text's keys are read as one stretch where its blocks are in order.
     fn block(&self, layer: usize, block: BlockId, head: usize) -> usize {
-        (layer * self.blocks + block.0 as usize) * self.heads + head
+        (layer * self.heads + head) * self.blocks + block.0 as usize
     }
 
     /// Writes K and V of one position, `heads * dim` values each, rounded to the cache's form.

@@ -284,7 +284,9 @@ fn prompts_join_running_streams_in_pieces_that_hardly_stretch_a_step() {
     step(&mut engine);
     let stretched: Vec<_> = (0..20).map(|_| step(&mut engine)).collect();
     assert!(stretched.iter().all(|took| *took < ms(40)), "{stretched:?}");
-    assert!(stretched.iter().all(|took| *took > ms(30)), "no more is held back than must be: {stretched:?}");
+    let alone = stretched.iter().filter(|took| **took == ms(20)).count();
+    assert!(alone <= 2, "steps that measure are few: {stretched:?}");
+    assert!(stretched.iter().all(|took| *took == ms(20) || *took > ms(30)), "the others are used: {stretched:?}");
 }
 
 #[test]
