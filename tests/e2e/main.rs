@@ -7,6 +7,7 @@
 
 mod bad_input;
 mod broken_models;
+mod families;
 mod faults;
 mod infer;
 mod jobs;

@@ -30,6 +30,10 @@ Refused by name, as their results would be others: quantized checkpoints (`quant
 results depend on how a text was cut, activations other than SiLU and tanh-GELU, bidirectional attention, and any tensor that the
 architecture has no use for. Keys of `config.json` that nothing knows are named in the worker's log.
 
+Chat templates come from `chat_template.jinja` or `tokenizer_config.json`. Templates in the manner of each family, with tools, calls,
+results, thoughts, documents and refusals, are compared with transformers byte for byte (`tests/fixtures/chat/`). What a message says
+never becomes a control token.
+
 Long-rope: a text has the frequencies of long texts when its prompt is longer than the original length, to its end.
 ";
 

@@ -3,6 +3,7 @@
 #[cfg(test)]
 mod chat;
 #[cfg(test)]
+mod families;
 mod fixtures;
 #[cfg(test)]
 mod hostile;
