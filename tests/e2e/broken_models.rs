@@ -74,7 +74,7 @@ fn a_broken_model_folder_fails_its_load_and_nothing_else() {
     let mut chatter = cluster.stream(&chatter);
     chatter.tokens(1);
 
-    let cases: [(&str, Change, &[ErrorCode]); 11] = [
+    let cases: &[(&str, Change, &[ErrorCode])] = &[
         (
             "no-weights",
             |at| fs::remove_file(at.join("model.safetensors")).unwrap(),
@@ -132,10 +132,92 @@ fn a_broken_model_folder_fails_its_load_and_nothing_else() {
             },
             &[ErrorCode::ModelLoadFailed, ErrorCode::ModelCorrupt],
         ),
+        (
+            "not-numbers",
+            |at| {
+                let path = at.join("model.safetensors");
+                let mut bytes = fs::read(&path).unwrap();
+                let end = bytes.len();
+                bytes[end - 64..].fill(0xff);
+                fs::write(path, bytes).unwrap();
+            },
+            &[ErrorCode::ModelCorrupt],
+        ),
+        (
+            "end-outside",
+            |at| {
+                fs::remove_file(at.join("generation_config.json")).unwrap();
+                edit(&at.join("config.json"), |config| config["eos_token_id"] = json!(99_999));
+            },
+            &[ErrorCode::ModelCorrupt],
+        ),
+        (
+            "token-outside",
+            |at| edit(&at.join("tokenizer.json"), |file| file["model"]["vocab"]["\u{2603}"] = json!(70_000)),
+            &[ErrorCode::ModelCorrupt],
+        ),
+        (
+            "many-tensors",
+            |at| {
+                let entries = (0..1_500_000u32)
+                    .map(|i| format!("\"{i}\":{{\"dtype\":\"F32\",\"shape\":[0],\"data_offsets\":[0,0]}}"));
+                let header = format!("{{{}}}", entries.collect::<Vec<_>>().join(","));
+                let mut file = (header.len() as u64).to_le_bytes().to_vec();
+                file.extend(header.as_bytes());
+                fs::write(at.join("model.safetensors"), file).unwrap();
+            },
+            &[ErrorCode::ModelCorrupt],
+        ),
+        ("no-text", |at| fs::write(at.join("config.json"), b"\xff\xfe{}").unwrap(), &[ErrorCode::ModelCorrupt]),
+        (
+            "a-pipe",
+            |at| {
+                let path = at.join("model.safetensors");
+                fs::remove_file(&path).unwrap();
+                assert!(std::process::Command::new("mkfifo").arg(path).status().unwrap().success());
+            },
+            &[ErrorCode::ModelCorrupt],
+        ),
+        (
+            "a-folder",
+            |at| {
+                fs::remove_file(at.join("tokenizer.json")).unwrap();
+                fs::create_dir(at.join("tokenizer.json")).unwrap();
+            },
+            &[ErrorCode::ModelCorrupt],
+        ),
+        (
+            "a-device",
+            |at| {
+                fs::remove_file(at.join("config.json")).unwrap();
+                std::os::unix::fs::symlink("/dev/zero", at.join("config.json")).unwrap();
+            },
+            &[ErrorCode::ModelCorrupt],
+        ),
+        (
+            "led-outside",
+            |at| {
+                fs::rename(at.join("model.safetensors"), at.with_extension("taken")).unwrap();
+                std::os::unix::fs::symlink(at.with_extension("taken"), at.join("model.safetensors")).unwrap();
+            },
+            &[ErrorCode::ModelCorrupt],
+        ),
+        (
+            "shard-outside",
+            |at| {
+                fs::rename(at.join("model.safetensors"), at.with_extension("safetensors")).unwrap();
+                let index = json!({ "weight_map": { "model.norm.weight": "../shard-outside.safetensors" } });
+                fs::write(at.join("model.safetensors.index.json"), index.to_string()).unwrap();
+            },
+            &[ErrorCode::ModelCorrupt],
+        ),
     ];
-    for (name, change, codes) in cases {
+    for &(name, change, codes) in cases {
         let model = folder(&cluster, name, change);
+        // Damage is found before anything large is read: a second each, five on a busy machine.
+        let began = std::time::Instant::now();
         let out = cluster.rbee(&["infer", "-m", &model, "-p", "x", "--json"]);
+        assert!(began.elapsed() < std::time::Duration::from_secs(5), "{name}: {:?}", began.elapsed());
         let error = out.json_lines().pop().unwrap_or_default();
         let error = error.get("error").cloned().unwrap_or(error);
         let code: ErrorCode = serde_json::from_value(error["code"].clone()).unwrap_or(ErrorCode::Unknown);

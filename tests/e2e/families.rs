@@ -85,5 +85,5 @@ fn a_folder_of_every_family_answers_with_the_tokens_of_the_reference() {
         cluster.rbee(&["worker", "retire", &worker.unwrap()]).exits(0);
         families += 1;
     }
-    assert!(families >= 20, "{families} fixtures");
+    assert!(families >= 25, "{families} fixtures");
 }

@@ -27,16 +27,16 @@ fn fewer_bits_are_asked_for_at_load_and_give_the_same_short_answers() {
 }
 
 /// A folder whose weights file has the length of a model of `bytes` bytes in bf16 and nothing in it.
-fn hollow(cluster: &Cluster, bytes: u64) -> String {
+fn hollow(cluster: &Cluster, bytes: u64, context: u64) -> String {
     let folder = cluster.folder().join("hollow");
     fs::create_dir(&folder).unwrap();
-    let (hidden, mlp, vocab) = (2048u64, 8192u64, 1024u64);
+    let (hidden, mlp, vocab) = (2048u64, 8192u64, 2048u64);
     let layer = 2 * (4 * hidden * hidden + 3 * hidden * mlp);
     let layers = bytes / layer;
     let config = json!({
         "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "intermediate_size": mlp,
         "num_hidden_layers": layers, "num_attention_heads": 16, "num_key_value_heads": 16, "vocab_size": vocab,
-        "max_position_embeddings": 256, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true,
+        "max_position_embeddings": context, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true,
         "hidden_act": "silu", "torch_dtype": "bfloat16",
     });
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
@@ -78,7 +78,7 @@ fn a_model_that_does_not_fit_is_refused_with_the_numbers_and_with_what_would_fit
     let hives = cluster.rbee(&["hive", "list", "--json"]).exits(0).json();
     let free = hives[0]["devices"][0]["memory_free"].as_u64().unwrap();
     // Half as large again as what is free: with 8.5 bits a weight it would fit, with 16 it does not.
-    let model = hollow(&cluster, free / 2 * 3);
+    let model = hollow(&cluster, free / 2 * 3, 256);
     let refused = cluster.rbee(&["worker", "spawn", "--model", &model, "--json"]).exits(1);
     let error = refused.json()["error"].clone();
     assert_eq!(error["code"], "INSUFFICIENT_MEMORY", "{error}");
@@ -92,4 +92,26 @@ fn a_model_that_does_not_fit_is_refused_with_the_numbers_and_with_what_would_fit
     // Nothing was started for it.
     assert_eq!(cluster.status().workers.len(), 1);
     cluster.rbee(&ASK).exits(0);
+}
+
+#[test]
+fn kv_for_every_slot_that_does_not_fit_is_made_smaller_and_the_spawn_says_so() {
+    let cluster = Setup::real().warm();
+    let hives = cluster.rbee(&["hive", "list", "--json"]).exits(0).json();
+    let free = hives[0]["devices"][0]["memory_free"].as_u64().unwrap();
+    // One layer, 8 KiB of KV a token: the most slots, and a context that makes them four times what is free.
+    let model = hollow(&cluster, 150 << 20, free / (1024 * 8192 / 4));
+    let spawn = ["worker", "spawn", "--model", &model, "--slots", "1024"];
+    let context = (free / (1024 * 8192 / 4)).to_string();
+    let spawned = cluster.rbee(&[&spawn[..], &["--ctx", &context]].concat()).exits(0);
+    assert!(spawned.stderr.contains("KV has "), "{}", spawned.stderr);
+    let workers = cluster.serving(2);
+    let worker = workers.iter().find(|worker| worker.model.to_string() == model).unwrap();
+    let kv = worker.memory.kv;
+    assert!(kv > free / 2 && kv < free, "{kv} of {free}");
+    // What is reserved is not there for others, though hardly a page of it is in use yet.
+    cluster.rbee(&[&spawn[..], &["--replicas", "2", "--ctx", &context]].concat()).exits(0);
+    let all: u64 = cluster.serving(3).iter().map(|worker| worker.memory.kv + worker.memory.weights).sum();
+    assert!(all < free, "{all} of {free}");
+    cluster.rbee(&["infer", "-m", &model, "-p", "x", "--max-tokens", "3", "-q"]).exits(0);
 }

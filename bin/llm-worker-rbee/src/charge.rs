@@ -28,6 +28,7 @@ pub fn by_hand(cli: &Cli) -> Result<WorkerCharge, ErrorBody> {
         model: cli.model.clone(),
         device: DeviceId::new(device).expect("a short word is an id"),
         load: cli.sizes.clone().into(),
+        kv_bytes: None,
     })
 }
 

@@ -104,7 +104,8 @@ fn memory() -> (u64, u64) {
     }
 }
 
-fn meminfo(text: &str, key: &str) -> u64 {
+/// Bytes that a line of `/proc/meminfo` or of a process's `status` says; 0 where there is none.
+pub(crate) fn meminfo(text: &str, key: &str) -> u64 {
     let line = text.lines().find_map(|line| line.strip_prefix(key));
     let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
     kib.unwrap_or(0) * 1024

@@ -14,7 +14,7 @@ use rbee_wire::worker::{LoadOptions, WorkerCharge};
 use rbee_wire::{DeviceId, DeviceSpec, ErrorBody, ErrorCode, HiveId, ModelRef, WorkerId};
 use serde_json::json;
 
-use crate::devices::Devices;
+use crate::devices::{Devices, meminfo};
 use crate::incarnation::Incarnations;
 
 /// Upper bound of what the built-in model needs with the default slots, so that a first start need not measure it.
@@ -52,6 +52,44 @@ pub struct Spawner {
     pub reserving: tokio::sync::Mutex<()>,
 }
 
+/// What `llm-worker-rbee inspect` says of a load, in bytes.
+#[derive(Clone, Copy, Debug, serde::Deserialize)]
+struct Needs {
+    /// With KV for every slot's whole context.
+    total: u64,
+    /// With KV for one.
+    least: u64,
+    /// Of the total.
+    kv: u64,
+}
+
+/// What a load may have.
+#[derive(Debug, PartialEq)]
+struct Granted {
+    reserved: u64,
+    /// Bytes of KV, where they are fewer than asked for.
+    kv: Option<u64>,
+}
+
+impl Needs {
+    /// What of `free` bytes the load gets: all it asks for, else less KV and a sixteenth left to others, but never less
+    /// than it can be used with.
+    fn granted(&self, free: u64) -> Option<Granted> {
+        if self.total <= free {
+            return Some(Granted { reserved: self.total, kv: None });
+        }
+        let reserved = self.least.max(free - free / 16).min(self.total);
+        let kv = self.kv.saturating_sub(self.total - reserved);
+        (self.least <= free).then_some(Granted { reserved, kv: Some(kv) })
+    }
+}
+
+/// Bytes that a process has for itself alone; 0 when there is none.
+fn anonymous(pid: u32) -> u64 {
+    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    meminfo(&text, "RssAnon:")
+}
+
 fn refuse(code: ErrorCode, message: impl Into<String>) -> ErrorBody {
     ErrorBody::new(code, message)
 }
@@ -69,7 +107,7 @@ impl Spawner {
     ) -> Result<Vec<SpawnView>, ErrorBody> {
         let device = self.device(spawn.device)?;
         self.check_model(&spawn.model)?;
-        let (outcome, processes) = self.reserve(spawn, &device).await?;
+        let (outcome, processes) = self.reserve(spawn, &device, tell).await?;
         let view = |process: &Process| SpawnView {
             outcome,
             worker_id: process.worker_id.clone(),
@@ -90,24 +128,39 @@ impl Spawner {
     }
 
     /// Finds the workers that are wanted, or starts those that are missing; one reservation at a time.
-    async fn reserve(&self, spawn: &WorkerSpawn, device: &DeviceId) -> Result<(SpawnOutcome, Vec<Process>), ErrorBody> {
+    async fn reserve(
+        &self,
+        spawn: &WorkerSpawn,
+        device: &DeviceId,
+        tell: &(dyn Fn(Event) + Sync),
+    ) -> Result<(SpawnOutcome, Vec<Process>), ErrorBody> {
         let _one = self.reserving.lock().await;
         let mut all = self.there(spawn, device);
         let wanted = spawn.replicas.unwrap_or(1) as usize;
         if all.len() >= wanted {
             return Ok((SpawnOutcome::Existing, all));
         }
-        let needed = self.needed(&spawn.model, &spawn.load).await?;
+        let needs = self.needed(&spawn.model, &spawn.load).await?;
         while all.len() < wanted {
             let free = self.free(device);
-            if needed > free {
-                return Err(self.too_large(spawn, device, needed, free).await);
+            let Some(granted) = needs.granted(free) else {
+                return Err(self.too_large(spawn, device, needs.least, free).await);
+            };
+            if let Some(kv) = granted.kv {
+                let mib = |bytes: u64| bytes >> 20;
+                let text = format!(
+                    "KV has {} MiB rather than {} MiB: {device} has {} MiB free; texts that outgrow it wait for each other",
+                    mib(kv),
+                    mib(needs.kv),
+                    mib(free)
+                );
+                tell(Event::note(NoteLevel::Warn, text));
             }
             let spec = SpawnSpec {
                 program: self.worker.clone(),
                 args: self.worker_args.clone(),
-                charge: Arc::new(self.charge(spawn, device)),
-                reserved: needed,
+                charge: Arc::new(self.charge(spawn, device, granted.kv)),
+                reserved: granted.reserved,
             };
             let process = self.supervisor.spawn(spec).await.map_err(|error| error.to_body())?;
             let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
@@ -133,7 +186,12 @@ impl Spawner {
     }
 
     /// The charge of each life of a worker.
-    fn charge(&self, spawn: &WorkerSpawn, device: &DeviceId) -> impl Fn() -> WorkerCharge + Send + Sync + use<> {
+    fn charge(
+        &self,
+        spawn: &WorkerSpawn,
+        device: &DeviceId,
+        kv_bytes: Option<u64>,
+    ) -> impl Fn() -> WorkerCharge + Send + Sync + use<> {
         let worker_id = WorkerId::new(format!("worker-{}", random_hex(4))).expect("hexadecimal digits make an id");
         let (hive_id, queen_url) = (self.hive_id.clone(), self.queen_url.clone());
         let queen_token = self.queen_token.clone();
@@ -150,6 +208,7 @@ impl Spawner {
             model: spawn.model.clone(),
             device: device.clone(),
             load: LoadOptions { slots: Some(spawn.load.slots.unwrap_or(slots)), ..spawn.load.clone() },
+            kv_bytes,
         }
     }
 
@@ -204,12 +263,12 @@ impl Spawner {
     }
 
     /// Bytes that the load needs, from the model's own header, read by a worker.
-    async fn needed(&self, model: &ModelRef, load: &LoadOptions) -> Result<u64, ErrorBody> {
+    async fn needed(&self, model: &ModelRef, load: &LoadOptions) -> Result<Needs, ErrorBody> {
         let LoadOptions { ctx, slots, kv_type, quantize, .. } = load;
         let slots = slots.unwrap_or(self.slots);
         let plain = ctx.is_none() && slots <= 8 && kv_type.is_none() && quantize.is_none();
         if self.simulates() || (*model == ModelRef::Tinybee && plain) {
-            return Ok(TINYBEE_NEEDS);
+            return Ok(Needs { total: TINYBEE_NEEDS, least: TINYBEE_NEEDS, kv: 0 });
         }
         let mut command = std::process::Command::new(&self.worker);
         command.arg("inspect").arg(model.to_string());
@@ -234,19 +293,19 @@ impl Spawner {
                 serde_json::from_slice::<ErrorBody>(&bytes).unwrap_or_else(|_| failed(format!("exit code {code:?}")))
             );
         }
-        let needs: serde_json::Value = serde_json::from_slice(&bytes).map_err(|error| failed(error.to_string()))?;
-        needs["total"].as_u64().ok_or_else(|| failed("it does not say".into()))
+        serde_json::from_slice(&bytes).map_err(|error| failed(error.to_string()))
     }
 
-    /// Free memory less what is reserved and not yet in use.
+    /// Free memory less what is reserved and not yet in use: a worker takes its KV page by page as texts come.
     fn free(&self, device: &DeviceId) -> u64 {
         let measured =
             self.devices.list().into_iter().find(|found| &found.id == device).map_or(0, |found| found.memory_free);
-        let coming = self.supervisor.list().into_iter().filter(|process| {
-            &process.device == device
-                && matches!(process.state, ProcessState::Spawning | ProcessState::Loading | ProcessState::Backoff)
-        });
-        measured.saturating_sub(coming.map(|process| process.reserved).sum())
+        let alive = self
+            .supervisor
+            .list()
+            .into_iter()
+            .filter(|process| &process.device == device && process.state != ProcessState::Exited);
+        measured.saturating_sub(alive.map(|process| process.reserved.saturating_sub(anonymous(process.pid))).sum())
     }
 
     /// The refusal of a load that needs more than is free, with what of it would fit.
@@ -262,13 +321,13 @@ impl Spawner {
             // What cannot be inspected is not proposed.
             if load != spawn.load
                 && let Ok(needed) = self.needed(&spawn.model, &load).await
-                && needed <= free
+                && let Some(Granted { reserved: needed, .. }) = needed.granted(free)
             {
                 fitting.push((load, needed));
             }
         }
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-        let message = format!("{device} has {} MiB free and the load needs {} MiB", free >> 20, mib(needed));
+        let message = format!("{device} has {} MiB free and the load needs at least {} MiB", free >> 20, mib(needed));
         let hint = match fitting.first() {
             Some((load, needed)) => {
                 let quantize = load.quantize.as_ref().map(|form| format!("--quantize {form}"));
@@ -335,5 +394,32 @@ impl Spawner {
                 return Err(gone());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_load_gets_all_it_asks_for_or_less_kv_or_nothing() {
+        let needs = Needs { total: 1000, least: 300, kv: 800 };
+        let granted = |reserved, kv| Some(Granted { reserved, kv });
+        assert_eq!(needs.granted(1000), granted(1000, None));
+        assert_eq!(needs.granted(999), granted(937, Some(737)));
+        assert_eq!(needs.granted(310), granted(300, Some(100)));
+        assert_eq!(needs.granted(299), None);
+        // Weights and working memory are the same 200 bytes each time.
+        for free in 300..1100 {
+            let got = needs.granted(free).unwrap();
+            assert!(got.reserved <= free && got.reserved == 200 + got.kv.unwrap_or(800), "{free}: {got:?}");
+        }
+    }
+
+    #[test]
+    fn memory_of_a_process_is_its_own() {
+        let own = std::hint::black_box(vec![1u8; 32 << 20]);
+        assert!(anonymous(std::process::id()) >= own.len() as u64);
+        assert_eq!(anonymous(u32::MAX), 0);
     }
 }

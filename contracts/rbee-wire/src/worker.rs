@@ -244,6 +244,9 @@ pub struct WorkerCharge {
     /// How the model is loaded.
     #[serde(flatten)]
     pub load: LoadOptions,
+    /// Bytes of KV that are reserved for it, where that is less than a whole context for each slot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_bytes: Option<u64>,
 }
 
 /// Lines down the control pipe after the first.

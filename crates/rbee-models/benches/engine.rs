@@ -274,6 +274,7 @@ fn main() {
         threads: flag("--threads").map_or(cores, |threads| threads.parse().unwrap()),
         slots: POSITIONS / 8192,
         context: Some(8192),
+        kv_bytes: None,
         kv_type: flag("--kv-type").map(|kind| kind.parse().unwrap()),
         quantize: flag("--quantize").map(|form| form.parse().unwrap()),
         isa: std::env::var("RBEE_ISA").ok(),

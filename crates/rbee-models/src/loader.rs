@@ -4,13 +4,14 @@ use std::collections::HashMap;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use rbee_kernels::attention::BLOCK;
 use rbee_kernels::candle::{Compute, GateMul, Linear, RmsNorm};
 use rbee_kernels::ops::Gate;
 use rbee_kernels::packed::widen;
 use rbee_kernels::{Packed, Quantization, WeightType};
 use rbee_weights::Error as FileError;
 use rbee_weights::config::{Activation, GenerationDefaults, Mlp, ModelConfig};
-use rbee_weights::needs::{Needs, needs};
+use rbee_weights::needs::{Needs, Positions, needs};
 use rbee_weights::safetensors::{Dtype, Index, Shards, header_len};
 use sha2::{Digest, Sha256};
 
@@ -162,7 +163,8 @@ fn places(
 pub fn inspect(files: &ModelFiles, options: &RunnerOptions) -> Result<Needs, Error> {
     let opened = open(files, options.quantize)?;
     let context = opened.context(options.context)?;
-    Ok(opened.needs(context, options.slots, opened.kv_type(options.kv_type)))
+    let kv_type = opened.kv_type(options.kv_type);
+    Ok(opened.needs(context, opened.kv_blocks(context, options, kv_type)?, kv_type))
 }
 
 impl Opened {
@@ -189,7 +191,21 @@ impl Opened {
         })
     }
 
-    pub(crate) fn needs(&self, context: usize, slots: usize, kv_type: KvType) -> Needs {
+    /// Blocks of KV: a whole context for each slot, or what the bytes given for it hold.
+    pub(crate) fn kv_blocks(&self, context: usize, options: &RunnerOptions, kv_type: KvType) -> Result<usize, Error> {
+        let one = context.div_ceil(BLOCK);
+        let wanted = one.saturating_mul(options.slots);
+        let Some(bytes) = options.kv_bytes else { return Ok(wanted) };
+        let block = bytes_per_token(&self.config, kv_type) * BLOCK as u64;
+        let given = usize::try_from(bytes / block.max(1)).unwrap_or(usize::MAX);
+        if given < one {
+            let problem = format!("{bytes} bytes of KV do not hold a context of {context} tokens");
+            return Err(Error::Option(problem));
+        }
+        Ok(wanted.min(given))
+    }
+
+    pub(crate) fn needs(&self, context: usize, blocks: usize, kv_type: KvType) -> Needs {
         let packed = self.plan.matrices().map(|matrix| {
             let mut kinds = matrix.parts.iter().map(|(name, _)| self.place(name).kind);
             let first = kinds.next().unwrap_or(WeightType::F32);
@@ -200,7 +216,7 @@ impl Opened {
                 None => Packed::bytes(kind, n, k),
             }
         });
-        let positions = context.next_multiple_of(rbee_kernels::attention::BLOCK) as u64 * slots as u64;
+        let positions = Positions { one: context.next_multiple_of(BLOCK) as u64, all: BLOCK as u64 * blocks as u64 };
         let kv = bytes_per_token(&self.config, kv_type);
         let weights = packed.sum::<u64>() + 4 * self.plan.vectors() as u64;
         needs(&self.config, weights, kv, context as u64, positions, STEP_TOKENS)

@@ -32,10 +32,12 @@ const MAX_THREADS: usize = 1024;
 pub struct RunnerOptions {
     /// Compute threads.
     pub threads: usize,
-    /// Sequences that must have room for a whole context each.
+    /// Sequences that have room for a whole context each, if `kv_bytes` does not say less.
     pub slots: usize,
     /// Most tokens of one sequence; the model's own, but at most 4096, unless given.
     pub context: Option<usize>,
+    /// Most bytes of KV. With less than a context for each slot, sequences that grow make others wait.
+    pub kv_bytes: Option<u64>,
     /// Type of the KV cache; the weights' own unless given, f16 beside quantized weights.
     pub kv_type: Option<KvType>,
     /// Keeps the matrices with fewer bits than the files have.
@@ -84,12 +86,12 @@ pub fn load(
     let opened: Opened = loader::open(files, options.quantize)?;
     let context = opened.context(options.context)?;
     let kv_type = opened.kv_type(options.kv_type);
-    let needs = opened.needs(context, options.slots, kv_type);
+    let blocks = opened.kv_blocks(context, options, kv_type)?;
+    let needs = opened.needs(context, blocks, kv_type);
     let compute = Compute::new(options.threads.max(1), isa);
     let decoder = opened.decoder(&compute, progress)?;
     let digest = opened.digest();
     let Opened { config, generation, .. } = opened;
-    let blocks = context.div_ceil(BLOCK) * options.slots;
     let kv = match kv_type {
         KvType::F32 => Kv::F32(Mutex::new(KvStore::new(&config, blocks)?)),
         KvType::F16 => Kv::F16(Mutex::new(KvStore::new(&config, blocks)?)),

@@ -300,11 +300,16 @@ impl ModelConfig {
     }
 }
 
+/// The reference takes parts of both then, and which depends on its release.
+fn two_spellings() -> Error {
+    Error::unsupported(CONFIG, "`rope_scaling` beside `rope_parameters`: one of them must go")
+}
+
 /// The ropes of a config that has one for all layers.
 fn single_rope(read: &Reader<'_>, around: &Around) -> Result<Vec<Rope>, Error> {
-    let inner = match read.inner("rope_parameters")? {
-        Some(inner) => Some(inner),
-        None => read.inner("rope_scaling")?,
+    let inner = match (read.inner("rope_parameters")?, read.inner("rope_scaling")?) {
+        (Some(_), Some(_)) => return Err(two_spellings()),
+        (new, old) => new.or(old),
     };
     Ok(vec![rope::rope(read, inner.as_ref(), around)?])
 }
@@ -357,6 +362,21 @@ mod tests {
     }
 
     #[test]
+    fn missing_keys_mean_what_they_mean_to_the_reference() {
+        let qwen = |rest: &str| {
+            let base = BASE.replace("\"llama\"", "\"qwen3\"");
+            ModelConfig::parse(format!("{base},\"max_position_embeddings\":64{rest}}}").as_bytes()).unwrap()
+        };
+        assert_eq!(qwen("").head_dim, 128);
+        let windows = |rest: &str| qwen(rest).layers.iter().map(|layer| layer.window).collect::<Vec<_>>();
+        assert_eq!(windows(r#","use_sliding_window":true,"max_window_layers":1"#), [None, Some(4096)]);
+        assert_eq!(windows(r#","use_sliding_window":true,"sliding_window":null,"max_window_layers":1"#), [None, None]);
+        let yarn = r#","original_max_position_embeddings":32,"rope_scaling":{"type":"yarn","factor":2.0"#;
+        let both = qwen(&format!(r#"{yarn},"original_max_position_embeddings":16}}"#));
+        assert_eq!(both.ropes, qwen(&format!("{yarn}}}")).ropes);
+    }
+
+    #[test]
     fn what_is_not_understood_is_refused() {
         for (rest, want) in [
             (r#","rope_scaling":{"type":"dynamic","factor":2.0}"#, "rope type `dynamic`"),
@@ -365,6 +385,7 @@ mod tests {
             (r#","rope_scaling":{"type":"linear","factor":2.0,"attention_factor":0.5}"#, "attention_factor"),
             (r#","rope_scaling":{"type":"longrope","short_factor":[1],"long_factor":[1]}"#, "must be 8 numbers"),
             (r#","rope_parameters":[]"#, "an object"),
+            (r#","rope_parameters":{"rope_theta":5.0},"rope_scaling":{"type":"linear","factor":2.0}"#, "one of them"),
             (r#","partial_rotary_factor":1.25"#, "partial_rotary_factor"),
             (r#","partial_rotary_factor":0.0625"#, "rotated in pairs"),
             (r#","rope_theta":0"#, "rope_theta"),

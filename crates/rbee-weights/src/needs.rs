@@ -15,21 +15,32 @@ pub struct Needs {
     pub scratch: u64,
     /// All of it.
     pub total: u64,
+    /// All of it with KV for one sequence of the whole context: with less the model cannot be used as asked.
+    pub least: u64,
     /// Most tokens of one sequence.
     pub context: u64,
+}
+
+/// Positions that KV is reserved for: whole blocks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Positions {
+    /// For one sequence of the whole context.
+    pub one: u64,
+    /// In all.
+    pub all: u64,
 }
 
 /// Bytes of the process without a model: code, server, threads.
 const PROCESS: u64 = 24 << 20;
 
 /// What a model of this config needs with weights of `weights` bytes, KV of `kv_per_token` bytes, room for `positions`
-/// positions and steps of `step_tokens` tokens.
+/// and steps of `step_tokens` tokens.
 pub fn needs(
     config: &ModelConfig,
     weights: u64,
     kv_per_token: u64,
     context: u64,
-    positions: u64,
+    positions: Positions,
     step_tokens: u64,
 ) -> Needs {
     let widest = config.hidden * 3 + config.widest_mlp() + (config.heads * 2 + config.kv_heads * 2) * config.head_dim;
@@ -39,7 +50,8 @@ pub fn needs(
     let logits = step_tokens.min(64) * 4 * config.vocab as u64;
     // A hostile config can ask for more than there are numbers for; it is refused for its size then.
     let scratch = [rope, rows, logits].into_iter().fold(PROCESS, u64::saturating_add);
-    let kv = kv_per_token.saturating_mul(positions);
-    let total = weights.saturating_add(kv).saturating_add(scratch);
-    Needs { weights, kv_per_token, kv, scratch, total, context }
+    let kv = kv_per_token.saturating_mul(positions.all);
+    let with = |kv: u64| weights.saturating_add(kv).saturating_add(scratch);
+    let least = with(kv_per_token.saturating_mul(positions.one).min(kv));
+    Needs { weights, kv_per_token, kv, scratch, total: with(kv), least, context }
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use rbee_weights::config::{GenerationDefaults, ModelConfig};
-use rbee_weights::needs::needs;
+use rbee_weights::needs::{Positions, needs};
 use serde_json::{Value, json};
 
 fn fixtures() -> Vec<Value> {
@@ -98,7 +98,9 @@ proptest! {
                 prop_assert_eq!(rope.inverse_frequencies(true).len(), rope.dims / 2);
             }
             let most = config.max_positions as u64;
-            prop_assert!(needs(&config, 1 << 40, 1 << 20, most, most, 512).total >= 1 << 40);
+            let positions = Positions { one: most, all: most };
+            let needs = needs(&config, 1 << 40, 1 << 20, most, positions, 512);
+            prop_assert!(needs.least >= 1 << 40 && needs.total >= needs.least);
         }
         let _ = GenerationDefaults::parse(text.as_bytes());
     }

@@ -71,7 +71,7 @@ fn text_error(model: &ModelRef, error: &TextError) -> ErrorBody {
 }
 
 /// The options of a load, each checked.
-fn options(load: &LoadOptions) -> Result<RunnerOptions, ErrorBody> {
+fn options(load: &LoadOptions, kv_bytes: Option<u64>) -> Result<RunnerOptions, ErrorBody> {
     fn named<T: FromStr<Err = Error>>(text: Option<&str>) -> Result<Option<T>, ErrorBody> {
         let parsed = text.map(str::parse).transpose();
         parsed.map_err(|error: Error| ErrorBody::new(ErrorCode::InvalidRequest, error.to_string()))
@@ -80,6 +80,7 @@ fn options(load: &LoadOptions) -> Result<RunnerOptions, ErrorBody> {
         threads: load.threads.map_or_else(physical_cores, |threads| threads as usize),
         slots: load.slots.unwrap_or(DEFAULT_SLOTS) as usize,
         context: load.ctx.map(|ctx| ctx as usize),
+        kv_bytes,
         kv_type: named(load.kv_type.as_deref())?,
         quantize: named(load.quantize.as_deref())?,
         isa: std::env::var("RBEE_ISA").ok(),
@@ -91,7 +92,7 @@ fn options(load: &LoadOptions) -> Result<RunnerOptions, ErrorBody> {
 /// # Errors
 /// When its files cannot be used.
 pub fn inspect(model: &ModelRef, load: &LoadOptions) -> Result<Needs, ErrorBody> {
-    let (files, options) = (files(model)?, options(load)?);
+    let (files, options) = (files(model)?, options(load, None)?);
     crate::memory::bounded(parse_bound(model, &files)?, || rbee_models::inspect(&files, &options))
         .map_err(|error| files_error(model, &error))
 }
@@ -156,7 +157,7 @@ pub(super) fn load(
     }
     let model = &charge.model;
     let files = files(model)?;
-    let options = options(&charge.load)?;
+    let options = options(&charge.load, charge.kv_bytes)?;
     let failed = |error: Error| files_error(model, &error);
     // All that is parsed comes first, within bounds: a folder that is not a model's is refused before gigabytes are read.
     let parsed = crate::memory::bounded(parse_bound(model, &files)?, || parse(model, &files, &options))?;

@@ -28,11 +28,11 @@ struct Case {
     last: Vec<f32>,
 }
 
-fn all() -> Vec<PathBuf> {
+pub fn all() -> Vec<PathBuf> {
     let mut folders: Vec<PathBuf> =
         fs::read_dir(fixtures().join("models")).unwrap().map(|entry| entry.unwrap().path()).collect();
     folders.sort();
-    assert!(folders.len() >= 20, "{} fixtures", folders.len());
+    assert!(folders.len() >= 25, "{} fixtures", folders.len());
     folders
 }
 
@@ -169,16 +169,24 @@ fn deliberate_bugs_are_seen() {
         ("qwen3", json!({ "rope_theta": 10000.0 }), None),
         ("qwen3", none.clone(), Some("q_norm")),
         ("qwen3", none.clone(), Some("k_norm")),
+        ("qwen3-yarn", json!({ "sliding_window": 17 }), None),
+        ("qwen3-yarn", json!({ "layer_types": null, "max_window_layers": 2 }), None),
+        ("qwen3-yarn", json!({ "rope_parameters": { "attention_factor": null } }), None),
+        ("qwen3-yarn", none.clone(), Some("k_norm")),
         ("qwen3-moe", json!({ "norm_topk_prob": false }), None),
         ("qwen3-moe", json!({ "num_experts_per_tok": 3 }), None),
         ("qwen3-moe-sparse", json!({ "norm_topk_prob": true }), None),
         ("mixtral", json!({ "num_experts_per_tok": 1 }), None),
         ("mixtral", json!({ "sliding_window": 17 }), None),
+        ("mixtral-tied", json!({ "num_experts_per_tok": 2 }), None),
+        ("mixtral-tied", json!({ "num_experts_per_tok": 4 }), None),
+        ("mixtral-tied", json!({ "sliding_window": 16 }), None),
+        ("mixtral-tied", json!({ "rope_parameters": { "rope_theta": 1_000_000.0 } }), None),
         ("phi3-window", json!({ "sliding_window": 17 }), None),
         ("phi3-window", json!({ "rope_theta": 20000.0 }), None),
         ("phi4-short", json!({ "rope_scaling": { "attention_factor": 1.0 } }), None),
         ("phi4-short", json!({ "original_max_position_embeddings": 6 }), None),
-        ("phi4-long", json!({ "rope_parameters": { "original_max_position_embeddings": 200 } }), None),
+        ("phi4-long", json!({ "original_max_position_embeddings": 200 }), None),
         ("gemma2-low-caps", json!({ "query_pre_attn_scalar": 20 }), None),
         (
             "gemma2-low-caps",
@@ -189,6 +197,10 @@ fn deliberate_bugs_are_seen() {
         ("gemma2-low-caps", none.clone(), Some("post_attention_layernorm")),
         ("gemma2-low-caps", json!({ "attn_logit_softcapping": null }), None),
         ("gemma2-low-caps", json!({ "final_logit_softcapping": null }), None),
+        ("gemma2-high-caps", json!({ "attn_logit_softcapping": 50.0 }), None),
+        ("gemma2-high-caps", json!({ "final_logit_softcapping": 30.0 }), None),
+        ("gemma2-high-caps", json!({ "layer_types": ["full_attention", "sliding_attention", "full_attention"] }), None),
+        ("gemma2-high-caps", none.clone(), Some("pre_feedforward_layernorm")),
         ("gemma3-pattern", json!({ "sliding_window_pattern": 2 }), None),
         ("gemma3-pattern", json!({ "rope_local_base_freq": 1_000_000 }), None),
         ("gemma3-pattern", json!({ "rope_scaling": { "factor": 1.0 } }), None),
@@ -198,10 +210,18 @@ fn deliberate_bugs_are_seen() {
         ("olmo2", json!({ "rope_theta": 10000 }), None),
         ("olmo2", none.clone(), Some("q_norm")),
         ("olmo2", none.clone(), Some("post_feedforward_layernorm")),
+        ("olmo2-yarn", json!({ "rope_parameters": { "mscale": null } }), None),
+        ("olmo2-yarn", json!({ "rope_parameters": { "truncate": true } }), None),
+        ("olmo2-yarn", none.clone(), Some("k_norm")),
+        ("olmo2-yarn", none.clone(), Some("post_attention_layernorm")),
         ("granite", json!({ "residual_multiplier": 1.0 }), None),
         ("granite", json!({ "embedding_multiplier": 1.0 }), None),
         ("granite", json!({ "attention_multiplier": 0.3 }), None),
         ("granite", json!({ "logits_scaling": 1.0 }), None),
+        ("granite-bias", json!({ "attention_multiplier": 0.2 }), None),
+        ("granite-bias", json!({ "logits_scaling": 0.625 }), None),
+        ("granite-bias", json!({ "rope_scaling": { "low_freq_factor": 2.0 } }), None),
+        ("granite-bias", none.clone(), Some("post_attention_layernorm")),
     ] {
         let fixture = fixtures().join("models").join(name);
         let (worst, _) = compare(changed(&fixture, &change, blank).path(), &fixture);

@@ -6,5 +6,6 @@ mod families;
 mod invariance;
 mod quantized;
 mod reference;
+mod schedules;
 mod support;
 mod tinybee;

@@ -12,7 +12,7 @@ pub fn tinybee() -> PathBuf {
 }
 
 pub fn options() -> RunnerOptions {
-    RunnerOptions { threads: 1, slots: 4, context: None, kv_type: None, quantize: None, isa: None }
+    RunnerOptions { threads: 1, slots: 4, context: None, kv_bytes: None, kv_type: None, quantize: None, isa: None }
 }
 
 pub fn runner(folder: &Path, options: &RunnerOptions) -> CandleRunner {

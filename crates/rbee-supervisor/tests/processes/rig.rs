@@ -104,6 +104,7 @@ fn spec(program: PathBuf, args: Vec<String>) -> SpawnSpec {
             model: ModelRef::Tinybee,
             device: DeviceId::new("cpu").unwrap(),
             load: LoadOptions::default(),
+            kv_bytes: None,
         }
     };
     SpawnSpec { program, args, charge: Arc::new(charge), reserved: 0 }

@@ -1,13 +1,10 @@
 //! The crate as a worker uses it.
+#![expect(clippy::unwrap_used, reason = "helpers of tests may fail the test")]
+#![expect(clippy::disallowed_methods, reason = "the crate does no IO; its tests read fixtures and a clock")]
 
-#[cfg(test)]
 mod chat;
-#[cfg(test)]
 mod families;
 mod fixtures;
-#[cfg(test)]
 mod hostile;
-#[cfg(test)]
 mod streams;
-#[cfg(test)]
 mod templates;

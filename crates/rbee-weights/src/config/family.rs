@@ -2,7 +2,10 @@
 
 use super::reader::Reader;
 use super::rope::{Around, Rope, rope};
-use super::{Activation, Biases, CONFIG, LayerConfig, Mlp, NormPlace, Norms, QkNorm, Scales, layer_kinds, single_rope};
+use super::{
+    Activation, Biases, CONFIG, LayerConfig, Mlp, NormPlace, Norms, QkNorm, Scales, layer_kinds, single_rope,
+    two_spellings,
+};
 use crate::Error;
 
 /// Most experts of a layer.
@@ -108,7 +111,11 @@ impl Family {
                 _ => 1e-6,
             },
             tied: self.is_gemma() || self == Self::SmolLm3,
-            head_dim: self.is_gemma().then_some(256),
+            head_dim: match self {
+                Self::Gemma2 | Self::Gemma3 => Some(256),
+                Self::Qwen3 => Some(128),
+                _ => None,
+            },
             kv_heads_may_be_missing: matches!(self, Self::Llama | Self::Phi3 | Self::Olmo2 | Self::Granite),
             theta: match self {
                 Self::Mixtral | Self::Gemma3 => 1e6,
@@ -208,9 +215,10 @@ impl Family {
         if self != Self::Gemma3 {
             return single_rope(read, &around);
         }
-        let (full, local) = match read.inner("rope_parameters")? {
-            Some(both) => (both.inner("full_attention")?, both.inner("sliding_attention")?),
-            None => (read.inner("rope_scaling")?, None),
+        let (full, local) = match (read.inner("rope_parameters")?, read.inner("rope_scaling")?) {
+            (Some(_), Some(_)) => return Err(two_spellings()),
+            (Some(both), None) => (both.inner("full_attention")?, both.inner("sliding_attention")?),
+            (None, old) => (old, None),
         };
         let local_theta = read.number("rope_local_base_freq", 1.0, 1e12)?.unwrap_or(1e4);
         let empty = serde_json::Map::new();
@@ -268,6 +276,9 @@ impl Family {
             Self::Mistral | Self::Mixtral | Self::Phi3 | Self::Gemma2 | Self::Gemma3 => Ok(size),
             Self::Qwen2 | Self::Qwen3 | Self::Qwen3Moe | Self::SmolLm3 => {
                 let used = read.flag("use_sliding_window", false)?;
+                if used && self != Self::SmolLm3 && !read.has("sliding_window") {
+                    return Ok(Some(4096));
+                }
                 // SmolLM3's layers may be named windows without the switch.
                 let kept = used || (self == Self::SmolLm3 && read.get("layer_types").is_some());
                 Ok(size.filter(|_| kept))

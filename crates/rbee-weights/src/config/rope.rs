@@ -88,8 +88,9 @@ pub(super) fn rope(outer: &Reader<'_>, inner: Option<&Reader<'_>>, around: &Arou
     let kind = if around.old_names && matches!(kind, "su" | "yarn") { "longrope" } else { kind };
     let original = || -> Result<usize, Error> {
         const KEY: &str = "original_max_position_embeddings";
-        let own = inner.size(KEY, 1 << 24)?;
-        Ok(own.map_or_else(|| outer.size(KEY, 1 << 24), |own| Ok(Some(own)))?.unwrap_or(around.max_positions))
+        // Where both name one, the reference takes the outer.
+        let (inner, outer) = (inner.size(KEY, 1 << 24)?, outer.size(KEY, 1 << 24)?);
+        Ok(outer.or(inner).unwrap_or(around.max_positions))
     };
     let factor = || inner.need_number("factor", 1.0, 1e6);
     let attention = inner.number("attention_factor", 1e-3, 1e3)?;
