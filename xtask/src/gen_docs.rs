@@ -37,6 +37,7 @@ pub fn run(root: &Path, mode: Mode) -> Result<()> {
     files.push(("docs/reference/config.md".into(), config()));
     files.push(("docs/reference/cli.md".into(), cli()));
     files.push(("docs/models.md".into(), format!("{HEAD}{}", crate::gen_models::page(root)?)));
+    files.push(("docs/api.md".into(), format!("{HEAD}{}", crate::gen_api::page())));
     let mut stale = Vec::new();
     for (path, text) in files {
         let full = root.join(&path);

@@ -1,8 +1,11 @@
 //! Repository chores; each is a subcommand of `cargo xtask`.
 
 mod bench;
+mod fuzz;
+mod gen_api;
 mod gen_docs;
 mod gen_models;
+mod sdk;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -14,9 +17,11 @@ use anyhow::{Context, Result, bail};
 const USAGE: &str = "usage: cargo xtask COMMAND
 
   test           build the programs, then run every test
-  ci             fmt, clippy, tidy, gen --check, test
+  ci             fmt, clippy, tidy, gen --check, test, fuzz
   tidy           the rules of the repository that no compiler checks
   gen [--check]  write the generated reference and schemas, or say which are stale
+  fuzz [SECONDS] [TARGET]
+                 run every fuzz target, or one, for 5 seconds unless given
   up [WORKERS]   a fleet of simulated workers in a home of its own, until Ctrl-C
   bench NAME     measure: relay, start
 ";
@@ -30,6 +35,9 @@ fn main() -> ExitCode {
         ["tidy"] => tidy::run(&root()),
         ["gen"] => gen_docs::run(&root(), gen_docs::Mode::Write),
         ["gen", "--check"] => gen_docs::run(&root(), gen_docs::Mode::Check),
+        ["fuzz"] => fuzz::run(&root(), fuzz::CI_SECONDS, None),
+        ["fuzz", seconds] => fuzz::run(&root(), seconds, None),
+        ["fuzz", seconds, target] => fuzz::run(&root(), seconds, Some(target)),
         ["up"] => up("2"),
         ["up", workers] => up(workers),
         ["bench", ..] => bench::run(&args[1..]),
@@ -65,10 +73,11 @@ fn cargo(args: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Everything that a change must pass. The programs are built first and by the same command as `./rbee` uses, so nothing is
+/// Everything that a change must pass, driven with the real SDKs where their registries can be reached. The programs are built first and by the same command as `./rbee` uses, so nothing is
 /// built twice.
 fn test() -> Result<()> {
     cargo(&["build", "--release", "--locked", "--workspace", "--bins"])?;
+    sdk::install(&root())?;
     cargo(&["test", "--release", "--locked", "--workspace", "--no-fail-fast"])
 }
 
@@ -77,6 +86,7 @@ fn ci() -> Result<()> {
     tidy::run(&root())?;
     gen_docs::run(&root(), gen_docs::Mode::Check)?;
     test()?;
+    fuzz::run(&root(), fuzz::CI_SECONDS, None)?;
     cargo(&["clippy", "--release", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"])
 }
 

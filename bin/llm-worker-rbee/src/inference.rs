@@ -189,6 +189,8 @@ impl StreamFacts {
                     cached_tokens: cached_tokens as u64,
                     seed: self.seed,
                     why: String::new(),
+                    fingerprint: self.loaded.facts.fingerprint.clone(),
+                    numerics_id: self.loaded.facts.numerics_id.clone(),
                 });
                 let note = self.note.as_ref().map(|text| Event::note(NoteLevel::Warn, text));
                 std::iter::once(started).chain(note).collect()
@@ -205,6 +207,7 @@ impl StreamFacts {
             }],
             Output::Token { choice, index, id, text, logprobs } => {
                 let logprobs = logprobs.map(|logprobs| TokenLogprobs {
+                    t: self.loaded.text.token_text(id),
                     logprob: logprobs.chosen,
                     top: logprobs
                         .top

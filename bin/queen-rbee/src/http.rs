@@ -8,18 +8,19 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
-use rbee_scheduler::{Event as Heard, Want};
-use rbee_service::{ApiError, Guard, JsonBytes, Shutdown, current_request_id, protect, random_hex, sse};
+use rbee_scheduler::Event as Heard;
+use rbee_service::{ApiError, Guard, JsonBytes, Shutdown, protect, sse};
 use rbee_wire::hive::HiveHeartbeat;
-use rbee_wire::job::{Infer, JobAccepted};
+use rbee_wire::job::JobAccepted;
 use rbee_wire::view::{DaemonReady, InfoReply, JobList, JobView, StatusView};
 use rbee_wire::worker::{HeartbeatReply, WorkerHeartbeat};
-use rbee_wire::{ErrorBody, ErrorCode, JobRequest, ModelRef, Operation, PROTOCOL, RequestId, routes};
+use rbee_wire::{ErrorBody, ErrorCode, JobRequest, ModelRef, Operation, PROTOCOL, routes};
 use serde_json::{Value, json};
 
-use crate::jobs::{Job, Trail};
+use crate::jobs::Trail;
 use crate::ops::Operations;
-use crate::{Reach, Stop};
+use crate::submit::{Leaving, cancel, cancel_if_alone, draining, listen, submit};
+use crate::{Reach, Stop, openai};
 
 /// State of the routes.
 #[derive(Clone)]
@@ -53,13 +54,10 @@ pub fn router(api: Api, guard: Guard) -> Router {
         .route(routes::JOB_STREAM, get(stream_job))
         .route(routes::WORKER_HEARTBEAT, post(worker_heartbeat))
         .route(routes::HIVE_HEARTBEAT, post(hive_heartbeat))
-        .route(routes::HEARTBEATS_STREAM, get(heartbeats))
-        .with_state(api);
-    protect(router, guard)
-}
-
-fn draining() -> ErrorBody {
-    ErrorBody::new(ErrorCode::Draining, "this queen is about to stop and takes no new jobs")
+        .route(routes::HEARTBEATS_STREAM, get(heartbeats));
+    let router = openai::mount(router).with_state(api);
+    // Outermost, so that what the guard refuses is said in the dialect too.
+    protect(router, guard).layer(axum::middleware::from_fn(openai::in_dialect))
 }
 
 async fn ready(State(api): State<Api>) -> Result<Json<DaemonReady>, ApiError> {
@@ -98,149 +96,25 @@ async fn post_job(
     headers: HeaderMap,
     JsonBytes(body): JsonBytes,
 ) -> Result<Response, ApiError> {
-    if api.shutdown.is_begun() {
-        return Err(draining().into());
-    }
-    let mut request = JobRequest::parse(&body)?;
-    if let JobRequest::Infer(infer) = &mut request {
-        // Filled in here, so that a retry elsewhere draws the same.
-        let seed = || u64::from_str_radix(&random_hex(8), 16).expect("16 hexadecimal digits are a u64");
-        infer.generation.seed.get_or_insert_with(seed);
-    }
+    let request = JobRequest::parse(&body)?;
     let key = match headers.get("idempotency-key") {
         None => None,
         Some(value) => Some(value.to_str().map_err(|_| {
             ErrorBody::new(ErrorCode::InvalidRequest, "an idempotency key has visible ASCII characters only")
         })?),
     };
-    let request_id =
-        current_request_id().unwrap_or_else(|| RequestId::new(random_hex(16)).expect("hexadecimal digits make an id"));
-    let (job, new) = api.ops.jobs.create(request, request_id, key.map(|key| (key, &body[..])))?;
-    let unclaimed = new.then(|| Unclaimed(Some((api.clone(), std::sync::Arc::clone(&job)))));
-    if new && let Err(error) = begin(&api, &job).await {
-        api.ops.jobs.withdraw(&job.id);
-        if let Some(unclaimed) = unclaimed {
-            unclaimed.claimed();
-        }
-        return Err(error.into());
-    }
+    let (job, unclaimed) = submit(&api, request, key.map(|key| (key, &body[..]))).await?;
+    let leaving = if unclaimed.is_some() { Leaving::Cancels } else { Leaving::Grace };
     if let Some(unclaimed) = unclaimed {
         unclaimed.claimed();
     }
     let streams = headers.get(header::ACCEPT).is_some_and(|accept| accept.as_bytes().starts_with(b"text/event-stream"));
     if streams {
-        let at_once = if new { Leaving::Cancels } else { Leaving::Grace };
-        return Ok(listen(&api, &job, None, at_once));
+        return Ok(sse::response(listen(&api, &job, None, leaving)));
     }
     cancel_if_alone(&api, &job);
     let sse_url = routes::JOB_STREAM.replace("{id}", job.id.as_str());
     Ok((StatusCode::ACCEPTED, Json(JobAccepted { job_id: job.id.clone(), sse_url })).into_response())
-}
-
-/// A new job whose poster has not been answered. A client that leaves before that ends this request's task at any await, and
-/// with it the job: nobody will ever learn its id.
-struct Unclaimed(Option<(Api, std::sync::Arc<Job>)>);
-
-impl Unclaimed {
-    fn claimed(mut self) {
-        self.0 = None;
-    }
-}
-
-impl Drop for Unclaimed {
-    fn drop(&mut self) {
-        if let Some((api, job)) = self.0.take()
-            && !job.detached
-        {
-            tokio::spawn(async move { cancel(&api, &job).await });
-        }
-    }
-}
-
-/// Sets a new job to work.
-async fn begin(api: &Api, job: &std::sync::Arc<Job>) -> Result<(), ErrorBody> {
-    let JobRequest::Infer(infer) = &job.request else {
-        tokio::spawn(api.ops.clone().run(std::sync::Arc::clone(job)));
-        return Ok(());
-    };
-    let now = api.ops.jobs.now();
-    let model = match resolve(api, infer) {
-        Ok(model) => model,
-        Err(error) => {
-            job.fail(now, error);
-            return Ok(());
-        }
-    };
-    job.decide(now, "accepted", model.as_ref().map_or("no model named".into(), |model| format!("for {model}")));
-    let want = Want {
-        model,
-        device: infer.device,
-        worker_id: infer.worker_id.clone(),
-        hive_id: infer.hive_id.clone(),
-        no_load: infer.no_load.unwrap_or(false),
-        deadline: infer.deadline_ms.map(|ms| job.posted + Duration::from_millis(ms)),
-    };
-    api.ops.brain.submit(Heard::Submit { job: job.id.clone(), want }).await
-}
-
-fn resolve(api: &Api, infer: &Infer) -> Result<Option<ModelRef>, ErrorBody> {
-    match &infer.model {
-        Some(ModelRef::Alias(name)) => api.aliases.get(name).cloned().map(Some).ok_or_else(|| {
-            let mut known: Vec<&str> = api.aliases.keys().map(String::as_str).collect();
-            known.push("tinybee");
-            let message = format!("`{name}` is neither a model nor an alias; there is {}", known.join(", "));
-            ErrorBody::new(ErrorCode::ModelNotFound, message)
-                .with_hint("`rbee status` lists what is loaded; a local folder is named by its path, such as ./folder")
-        }),
-        other => Ok(other.clone()),
-    }
-}
-
-/// What happens to a job when this listener leaves it alone.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Leaving {
-    /// It is cancelled at once.
-    Cancels,
-    /// It is cancelled when nobody comes within the grace.
-    Grace,
-}
-
-fn listen(api: &Api, job: &std::sync::Arc<Job>, after: Option<u64>, leaving: Leaving) -> Response {
-    let (left_api, left_job, runtime) = (api.clone(), std::sync::Arc::clone(job), tokio::runtime::Handle::current());
-    let left = move || {
-        if left_job.detached || left_job.log.is_over() || left_job.log.listeners() > 0 {
-            return;
-        }
-        match leaving {
-            Leaving::Cancels => drop(runtime.spawn(async move { cancel(&left_api, &left_job).await })),
-            Leaving::Grace => {
-                let _inside = runtime.enter();
-                cancel_if_alone(&left_api, &left_job);
-            }
-        }
-    };
-    sse::response(job.log.listen(after, left))
-}
-
-/// Cancels a job that nobody listens to after the grace.
-fn cancel_if_alone(api: &Api, job: &std::sync::Arc<Job>) {
-    if job.detached || job.log.is_over() {
-        return;
-    }
-    let (api, job) = (api.clone(), std::sync::Arc::clone(job));
-    tokio::spawn(async move {
-        tokio::time::sleep(api.grace).await;
-        if job.log.listeners() == 0 && !job.log.is_over() {
-            tracing::info!(job = %job.id, "nobody listens; cancelled");
-            cancel(&api, &job).await;
-        }
-    });
-}
-
-async fn cancel(api: &Api, job: &Job) {
-    api.ops.brain.tell(Heard::Cancel { job: job.id.clone() }).await;
-    job.decide(api.ops.jobs.now(), "cancel", "somebody cancelled it, or nobody listened");
-    job.finish_cancelled(api.ops.jobs.now());
 }
 
 async fn list_jobs(State(api): State<Api>) -> Json<JobList> {
@@ -283,7 +157,7 @@ async fn stream_job(
                 ErrorBody::new(ErrorCode::InvalidRequest, "Last-Event-ID must be the `id` of an event")
             })?),
         };
-    Ok(listen(&api, &job, after, Leaving::Grace))
+    Ok(sse::response(listen(&api, &job, after, Leaving::Grace)))
 }
 
 fn check_version(protocol: u32) -> Result<(), ErrorBody> {

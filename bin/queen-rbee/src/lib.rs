@@ -1,6 +1,6 @@
 //! The queen: job API, registry, scheduler and relay.
 //!
-//! [`http`] takes requests, [`brain`] has the one loop that owns the scheduler, [`channel`] reads a worker's events and [`relay`] carries them into a
+//! [`http`] and [`openai`] take requests, [`submit`] makes jobs of them, [`brain`] has the one loop that owns the scheduler, [`channel`] reads a worker's events and [`relay`] carries them into a
 //! job's log, [`jobs`] keeps the logs, [`hives`] and [`ops`] do the rest. Start reading at [`run`].
 //!
 //! Invariants
@@ -15,8 +15,10 @@ mod channel;
 mod hives;
 mod http;
 mod jobs;
+mod openai;
 mod ops;
 mod relay;
+mod submit;
 
 use std::net::IpAddr;
 use std::sync::Arc;

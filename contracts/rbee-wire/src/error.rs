@@ -108,6 +108,8 @@ error_codes! {
     IdempotencyConflict = "IDEMPOTENCY_CONFLICT", 409, final, exit 1, "use a new key for a new request";
     /// The job has ended already.
     JobOver = "JOB_OVER", 409, final, exit 1, "";
+    /// Somebody cancelled the job; its own stream ends in `done`, answers of the OpenAI dialect end in this.
+    Cancelled = "CANCELLED", 409, final, exit 1, "";
     /// The hive does not answer.
     HiveUnreachable = "HIVE_UNREACHABLE", 503, retry, exit 4, "start it with `rbee hive start`";
     /// No hive has this name.

@@ -100,6 +100,12 @@ pub struct Started {
     pub seed: u64,
     /// Why this worker.
     pub why: String,
+    /// Digest of the weights.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fingerprint: Option<String>,
+    /// Two workers of the same numerics id give the same tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub numerics_id: Option<String>,
 }
 
 /// One generated token.
@@ -122,6 +128,9 @@ pub struct Token {
 /// Natural logarithms of probabilities, of the model's own distribution before penalties and temperature.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct TokenLogprobs {
+    /// The token's text alone, which `t` of the token itself may hold back.
+    #[serde(default)]
+    pub t: String,
     /// Of the token itself.
     pub logprob: f32,
     /// The likeliest tokens, likeliest first.

@@ -319,7 +319,14 @@ impl JobRequest {
     /// # Errors
     /// `INVALID_REQUEST` with every violation in `details.violations`, or `UNKNOWN_OPERATION`.
     pub fn parse(bytes: &[u8]) -> Result<Self, ErrorBody> {
-        let mut map = parse_object(bytes).map_err(|problem| ErrorBody::new(ErrorCode::InvalidRequest, problem))?;
+        Self::from_object(parse_object(bytes).map_err(|problem| ErrorBody::new(ErrorCode::InvalidRequest, problem))?)
+    }
+
+    /// Validates a body that is an object already.
+    ///
+    /// # Errors
+    /// As [`Self::parse`].
+    pub fn from_object(mut map: Map<String, Value>) -> Result<Self, ErrorBody> {
         let name = match map.get("operation") {
             Some(Value::String(name)) => name.clone(),
             _ => {

@@ -34,6 +34,14 @@ pub const JOBS: &str = "/v1/jobs";
 pub const JOB: &str = "/v1/jobs/{id}";
 /// One job's stream.
 pub const JOB_STREAM: &str = "/v1/jobs/{id}/stream";
+/// Answer a chat, in the OpenAI dialect.
+pub const CHAT_COMPLETIONS: &str = "/v1/chat/completions";
+/// Go on from a text, in the OpenAI dialect.
+pub const COMPLETIONS: &str = "/v1/completions";
+/// The models that can be named, in the OpenAI dialect.
+pub const MODELS: &str = "/v1/models";
+/// One model, in the OpenAI dialect; its name may have slashes.
+pub const MODEL: &str = "/v1/models/{*id}";
 /// Workers say how they are.
 pub const WORKER_HEARTBEAT: &str = "/v1/worker-heartbeat";
 /// Hives say how they are.
@@ -70,6 +78,10 @@ pub const QUEEN: &[Route] = &[
     route("GET", JOB, "one job with its decisions"),
     route("DELETE", JOB, "cancel a job"),
     route("GET", JOB_STREAM, "a job's events, from the beginning or after `Last-Event-ID`"),
+    route("POST", CHAT_COMPLETIONS, "answer a chat, as OpenAI's API does; [fields](../api.md)"),
+    route("POST", COMPLETIONS, "go on from a text, as OpenAI's API does"),
+    route("GET", MODELS, "the models that can be named, as OpenAI's API lists them"),
+    route("GET", MODEL, "one of them; its name may have slashes"),
     route("POST", WORKER_HEARTBEAT, "a worker says how it is"),
     route("POST", HIVE_HEARTBEAT, "a hive says how it is"),
     route("GET", HEARTBEATS_STREAM, "the merged view of the fleet, for dashboards"),

@@ -43,7 +43,9 @@ impl IntoResponse for ApiError {
         error.request_id = error.request_id.or_else(current_request_id);
         let status = StatusCode::from_u16(error.code.status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
         let retry_after = error.retry_after_ms.map(|ms| ms.div_ceil(1000));
-        let mut response = (status, Json(ErrorReply { error })).into_response();
+        let mut response = (status, Json(ErrorReply { error: error.clone() })).into_response();
+        // For a layer that says it in another form.
+        response.extensions_mut().insert(error);
         if let Some(seconds) = retry_after {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }

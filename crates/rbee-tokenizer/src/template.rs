@@ -287,11 +287,12 @@ fn plain_source(source: &str) -> String {
     while let Some(open) = rest.find("{%") {
         let (before, tag) = rest.split_at(open);
         out.push_str(before);
-        let Some(close) = tag.find("%}") else {
+        // Not the `%` that opens it.
+        let Some(close) = tag[2..].find("%}") else {
             rest = tag;
             break;
         };
-        let (tag, after) = tag.split_at(close + 2);
+        let (tag, after) = tag.split_at(2 + close + 2);
         let inner = tag[2..tag.len() - 2].trim_matches(['-', '+']);
         match inner.trim() {
             "generation" => out.push_str(&tag.replace("generation", "if true")),

@@ -12,7 +12,8 @@ use super::machine::{Busy, describe};
 /// When it cannot be built or does not end well.
 pub(super) fn run(args: &[String]) -> Result<()> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
-    let build = ["bench", "--locked", "-p", "rbee-models", "--bench", "engine"];
+    // Of the whole workspace, so that dependencies have the features that they were built with already.
+    let build = ["bench", "--locked", "--workspace", "--bench", "engine"];
     let built = Command::new(&cargo).args(build).arg("--no-run").status().context("cargo")?;
     if !built.success() {
         bail!("the bench cannot be built");

@@ -1,0 +1,159 @@
+//! How a request becomes a job, whichever surface it came over, and what becomes of a job that nobody listens to.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use rbee_scheduler::{Event as Heard, Want};
+use rbee_service::{Listener, current_request_id, random_hex};
+use rbee_wire::job::Infer;
+use rbee_wire::{ErrorBody, ErrorCode, JobRequest, ModelRef, RequestId};
+
+use crate::http::Api;
+use crate::jobs::Job;
+
+/// What happens to a job when this listener leaves it alone.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Leaving {
+    /// It is cancelled at once.
+    Cancels,
+    /// It is cancelled when nobody comes within the grace.
+    Grace,
+}
+
+/// Makes a job of a request and sets it to work. It is the caller's to claim; without a claim it is one that the idempotency key
+/// named and that there was already.
+///
+/// # Errors
+/// The refusal: there is no job then.
+pub async fn submit(
+    api: &Api,
+    mut request: JobRequest,
+    key: Option<(&str, &[u8])>,
+) -> Result<(Arc<Job>, Option<Unclaimed>), ErrorBody> {
+    if api.shutdown.is_begun() {
+        return Err(draining());
+    }
+    if let JobRequest::Infer(infer) = &mut request {
+        // Filled in here, so that a retry elsewhere draws the same.
+        let seed = || u64::from_str_radix(&random_hex(8), 16).expect("16 hexadecimal digits are a u64");
+        infer.generation.seed.get_or_insert_with(seed);
+    }
+    let request_id =
+        current_request_id().unwrap_or_else(|| RequestId::new(random_hex(16)).expect("hexadecimal digits make an id"));
+    let (job, new) = api.ops.jobs.create(request, request_id, key)?;
+    if !new {
+        return Ok((job, None));
+    }
+    let unclaimed = Unclaimed(Some((api.clone(), Arc::clone(&job))));
+    if let Err(error) = begin(api, &job).await {
+        api.ops.jobs.withdraw(&job.id);
+        unclaimed.claimed();
+        return Err(error);
+    }
+    Ok((job, Some(unclaimed)))
+}
+
+/// The refusal of a queen that is about to stop.
+pub fn draining() -> ErrorBody {
+    ErrorBody::new(ErrorCode::Draining, "this queen is about to stop and takes no new jobs")
+}
+
+/// A new job whose poster has not been answered. A client that leaves before that ends this request's task at any await, and
+/// with it the job: nobody will ever learn its id.
+pub struct Unclaimed(Option<(Api, Arc<Job>)>);
+
+impl Unclaimed {
+    /// Somebody answers for the job now.
+    pub fn claimed(mut self) {
+        self.0 = None;
+    }
+}
+
+impl Drop for Unclaimed {
+    fn drop(&mut self) {
+        if let Some((api, job)) = self.0.take()
+            && !job.detached
+        {
+            tokio::spawn(async move { cancel(&api, &job).await });
+        }
+    }
+}
+
+/// Sets a new job to work.
+async fn begin(api: &Api, job: &Arc<Job>) -> Result<(), ErrorBody> {
+    let JobRequest::Infer(infer) = &job.request else {
+        tokio::spawn(api.ops.clone().run(Arc::clone(job)));
+        return Ok(());
+    };
+    let now = api.ops.jobs.now();
+    let model = match resolve(api, infer) {
+        Ok(model) => model,
+        Err(error) => {
+            job.fail(now, error);
+            return Ok(());
+        }
+    };
+    job.decide(now, "accepted", model.as_ref().map_or("no model named".into(), |model| format!("for {model}")));
+    let want = Want {
+        model,
+        device: infer.device,
+        worker_id: infer.worker_id.clone(),
+        hive_id: infer.hive_id.clone(),
+        no_load: infer.no_load.unwrap_or(false),
+        deadline: infer.deadline_ms.map(|ms| job.posted + Duration::from_millis(ms)),
+    };
+    api.ops.brain.submit(Heard::Submit { job: job.id.clone(), want }).await
+}
+
+fn resolve(api: &Api, infer: &Infer) -> Result<Option<ModelRef>, ErrorBody> {
+    match &infer.model {
+        Some(ModelRef::Alias(name)) => api.aliases.get(name).cloned().map(Some).ok_or_else(|| {
+            let mut known: Vec<&str> = api.aliases.keys().map(String::as_str).collect();
+            known.push("tinybee");
+            let message = format!("`{name}` is neither a model nor an alias; there is {}", known.join(", "));
+            ErrorBody::new(ErrorCode::ModelNotFound, message)
+                .with_hint("`rbee status` lists what is loaded; a local folder is named by its path, such as ./folder")
+        }),
+        other => Ok(other.clone()),
+    }
+}
+
+/// A cursor into a job's log, from its beginning or from the event after an offset.
+pub fn listen(api: &Api, job: &Arc<Job>, after: Option<u64>, leaving: Leaving) -> Listener {
+    let (left_api, left_job, runtime) = (api.clone(), Arc::clone(job), tokio::runtime::Handle::current());
+    let left = move || {
+        if left_job.detached || left_job.log.is_over() || left_job.log.listeners() > 0 {
+            return;
+        }
+        match leaving {
+            Leaving::Cancels => drop(runtime.spawn(async move { cancel(&left_api, &left_job).await })),
+            Leaving::Grace => {
+                let _inside = runtime.enter();
+                cancel_if_alone(&left_api, &left_job);
+            }
+        }
+    };
+    job.log.listen(after, left)
+}
+
+/// Cancels a job that nobody listens to after the grace.
+pub fn cancel_if_alone(api: &Api, job: &Arc<Job>) {
+    if job.detached || job.log.is_over() {
+        return;
+    }
+    let (api, job) = (api.clone(), Arc::clone(job));
+    tokio::spawn(async move {
+        tokio::time::sleep(api.grace).await;
+        if job.log.listeners() == 0 && !job.log.is_over() {
+            tracing::info!(job = %job.id, "nobody listens; cancelled");
+            cancel(&api, &job).await;
+        }
+    });
+}
+
+/// Cancels a job.
+pub async fn cancel(api: &Api, job: &Job) {
+    api.ops.brain.tell(Heard::Cancel { job: job.id.clone() }).await;
+    job.decide(api.ops.jobs.now(), "cancel", "somebody cancelled it, or nobody listened");
+    job.finish_cancelled(api.ops.jobs.now());
+}

@@ -1,0 +1,561 @@
+//! The events of jobs as answers of the dialect: in chunks as they come, or whole.
+//!
+//! A request has one part per job; the choices of part p are numbered after those of the parts before it.
+
+use rbee_wire::event::{Done, Event, FinishReason, Started, Token, TokenLogprobs, Usage};
+use rbee_wire::{ErrorBody, ErrorCode};
+use serde::Serialize;
+use serde_json::{Map, Value, json};
+
+use crate::error::Reply;
+use crate::fields::Endpoint;
+
+/// What is the same in all of an answer.
+#[derive(Clone, Debug)]
+pub struct Head {
+    /// The endpoint.
+    pub endpoint: Endpoint,
+    /// The answer's id.
+    pub id: String,
+    /// Seconds since 1970.
+    pub created: u64,
+    /// The model's name as the client gave it; else the one that answers.
+    pub model: Option<String>,
+    /// Release and build of the suite.
+    pub build: String,
+    /// Choices of each part.
+    pub choices: Vec<usize>,
+}
+
+/// What an event brought.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Step {
+    /// Nothing that the client sees.
+    Waiting,
+    /// Something that the client sees.
+    Moving,
+    /// All parts are done.
+    Over,
+    /// A part failed, and with it the answer.
+    Failed(Box<ErrorBody>),
+}
+
+/// Token counts as the dialect has them.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+struct Counts {
+    prompt_tokens: u64,
+    completion_tokens: u64,
+    total_tokens: u64,
+    prompt_tokens_details: Cached,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+struct Cached {
+    cached_tokens: u64,
+}
+
+/// What both forms of an answer keep track of.
+#[derive(Debug)]
+struct Progress {
+    head: Head,
+    model: String,
+    fingerprint: Option<String>,
+    open: usize,
+    usage: Counts,
+}
+
+impl Progress {
+    fn new(head: Head) -> Self {
+        let model = head.model.clone().unwrap_or_default();
+        Self { open: head.choices.len(), head, model, fingerprint: None, usage: Counts::default() }
+    }
+
+    /// The number of a part's choice among all.
+    fn index(&self, part: usize, choice: usize) -> usize {
+        self.head.choices[..part].iter().sum::<usize>() + choice
+    }
+
+    fn started(&mut self, started: &Started) {
+        if self.model.is_empty() {
+            self.model = started.model.to_string();
+        }
+        let short = |text: &Option<String>| text.as_deref().map(|text| text.chars().take(8).collect::<String>());
+        let named = [Some(self.head.build.clone()), short(&started.fingerprint), short(&started.numerics_id)];
+        self.fingerprint = Some(named.into_iter().flatten().collect::<Vec<_>>().join("-"));
+    }
+
+    /// Counts a part's end; the error if it is not a good one.
+    fn done(&mut self, done: &Done) -> Result<(), Box<ErrorBody>> {
+        if done.cancelled() {
+            let error = ErrorBody::new(ErrorCode::Cancelled, "somebody cancelled the job before its answer was whole");
+            return Err(Box::new(error));
+        }
+        let Usage { prompt_tokens, completion_tokens, total_tokens, cached_tokens } = done.usage.unwrap_or_default();
+        self.usage.prompt_tokens += prompt_tokens;
+        self.usage.completion_tokens += completion_tokens;
+        self.usage.total_tokens += total_tokens;
+        self.usage.prompt_tokens_details.cached_tokens += cached_tokens;
+        self.open -= 1;
+        Ok(())
+    }
+
+    fn object(&self, chunk: bool) -> &'static str {
+        match (self.head.endpoint, chunk) {
+            (Endpoint::Chat, true) => "chat.completion.chunk",
+            (Endpoint::Chat, false) => "chat.completion",
+            (Endpoint::Completions, _) => "text_completion",
+        }
+    }
+}
+
+fn finish(reason: FinishReason) -> &'static str {
+    match reason {
+        FinishReason::Stop | FinishReason::Cancelled => "stop",
+        FinishReason::Length => "length",
+        FinishReason::ToolCalls => "tool_calls",
+    }
+}
+
+/// A token with the likeliest others, as a chat has it.
+fn chat_logprob(logprobs: &TokenLogprobs) -> Value {
+    // The bytes of a token that is a part of a character cannot be told from its text.
+    let bytes = |text: &str| (!text.contains('\u{fffd}')).then(|| text.as_bytes().to_vec());
+    let one = |text: &str, logprob: f32| json!({ "token": text, "logprob": logprob, "bytes": bytes(text) });
+    let top: Vec<Value> = logprobs.top.iter().map(|top| one(&top.t, top.logprob)).collect();
+    let mut entry = one(&logprobs.t, logprobs.logprob);
+    entry["top_logprobs"] = top.into();
+    entry
+}
+
+/// The lists of a completion's log-probabilities.
+#[derive(Clone, Debug, Default, Serialize)]
+struct Lists {
+    tokens: Vec<String>,
+    token_logprobs: Vec<f32>,
+    top_logprobs: Vec<Map<String, Value>>,
+    /// Characters of the answer before each token's text.
+    text_offset: Vec<usize>,
+}
+
+impl Lists {
+    fn push(&mut self, logprobs: &TokenLogprobs, offset: usize) {
+        self.tokens.push(logprobs.t.clone());
+        self.token_logprobs.push(logprobs.logprob);
+        self.top_logprobs.push(logprobs.top.iter().map(|top| (top.t.clone(), json!(top.logprob))).collect());
+        self.text_offset.push(offset);
+    }
+}
+
+#[derive(Serialize)]
+struct Chunk<'a, C> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    system_fingerprint: Option<&'a str>,
+    choices: &'a [C],
+    #[serde(skip_serializing_if = "Option::is_none")]
+    usage: Option<Option<Counts>>,
+}
+
+#[derive(Serialize)]
+struct ChatPiece<'a> {
+    index: usize,
+    delta: Delta<'a>,
+    logprobs: Option<Value>,
+    finish_reason: Option<&'static str>,
+}
+
+#[derive(Default, Serialize)]
+struct Delta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    role: Option<&'static str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    content: Option<&'a str>,
+}
+
+#[derive(Serialize)]
+struct TextPiece<'a> {
+    index: usize,
+    text: &'a str,
+    logprobs: Option<&'a Lists>,
+    finish_reason: Option<&'static str>,
+}
+
+/// An answer in chunks.
+#[derive(Debug)]
+pub struct Chunks {
+    progress: Progress,
+    with_usage: bool,
+    /// Whether each choice has begun.
+    begun: Vec<bool>,
+    /// Characters of each choice.
+    lengths: Vec<usize>,
+}
+
+impl Chunks {
+    /// An answer of which nothing is out yet.
+    pub fn new(head: Head, with_usage: bool) -> Self {
+        let all = head.choices.iter().sum();
+        Self { progress: Progress::new(head), with_usage, begun: vec![false; all], lengths: vec![0; all] }
+    }
+
+    /// Takes a part's next event and appends what the client gets of it. After a failure the caller appends
+    /// [`failure`], or answers with the error's own status where nothing is out yet.
+    pub fn take(&mut self, part: usize, event: &Event, out: &mut Vec<u8>) -> Step {
+        match event {
+            Event::Started(started) => {
+                self.progress.started(started);
+                Step::Waiting
+            }
+            Event::Token(token) => self.token(part, token, out),
+            Event::Done(done) => self.done(part, done, out),
+            Event::Error(error) => Step::Failed(Box::new(error.clone())),
+            _ => Step::Waiting,
+        }
+    }
+
+    fn token(&mut self, part: usize, token: &Token, out: &mut Vec<u8>) -> Step {
+        let index = self.progress.index(part, token.choice as usize);
+        self.begin(index, out);
+        if token.t.is_empty() && token.logprobs.is_none() {
+            return Step::Moving;
+        }
+        let offset = self.lengths[index];
+        self.lengths[index] += token.t.chars().count();
+        match self.progress.head.endpoint {
+            Endpoint::Chat => {
+                let logprobs =
+                    token.logprobs.as_ref().map(|one| json!({ "content": [chat_logprob(one)], "refusal": null }));
+                let delta = Delta { content: Some(&token.t), ..Delta::default() };
+                self.write(&[ChatPiece { index, delta, logprobs, finish_reason: None }], out);
+            }
+            Endpoint::Completions => {
+                let lists = token.logprobs.as_ref().map(|one| {
+                    let mut lists = Lists::default();
+                    lists.push(one, offset);
+                    lists
+                });
+                self.write(&[TextPiece { index, text: &token.t, logprobs: lists.as_ref(), finish_reason: None }], out);
+            }
+        }
+        Step::Moving
+    }
+
+    /// The first chunk of a chat's choice names the role.
+    fn begin(&mut self, index: usize, out: &mut Vec<u8>) {
+        if std::mem::replace(&mut self.begun[index], true) || self.progress.head.endpoint != Endpoint::Chat {
+            return;
+        }
+        let delta = Delta { role: Some("assistant"), content: Some("") };
+        self.write(&[ChatPiece { index, delta, logprobs: None, finish_reason: None }], out);
+    }
+
+    fn done(&mut self, part: usize, done: &Done, out: &mut Vec<u8>) -> Step {
+        if let Err(error) = self.progress.done(done) {
+            return Step::Failed(error);
+        }
+        for (choice, end) in done.choices.iter().enumerate() {
+            let index = self.progress.index(part, choice);
+            self.begin(index, out);
+            let finish_reason = Some(finish(end.finish_reason));
+            match self.progress.head.endpoint {
+                Endpoint::Chat => {
+                    self.write(&[ChatPiece { index, delta: Delta::default(), logprobs: None, finish_reason }], out);
+                }
+                Endpoint::Completions => {
+                    self.write(&[TextPiece { index, text: "", logprobs: None, finish_reason }], out);
+                }
+            }
+        }
+        if self.progress.open > 0 {
+            return Step::Moving;
+        }
+        if self.with_usage {
+            let usage = Some(Some(self.progress.usage));
+            self.write_with::<ChatPiece<'_>>(&[], usage, out);
+        }
+        out.extend_from_slice(b"data: [DONE]\n\n");
+        Step::Over
+    }
+
+    fn write<C: Serialize>(&self, choices: &[C], out: &mut Vec<u8>) {
+        self.write_with(choices, self.with_usage.then_some(None), out);
+    }
+
+    fn write_with<C: Serialize>(&self, choices: &[C], usage: Option<Option<Counts>>, out: &mut Vec<u8>) {
+        let Progress { head, model, fingerprint, .. } = &self.progress;
+        let chunk = Chunk {
+            id: &head.id,
+            object: self.progress.object(true),
+            created: head.created,
+            model,
+            system_fingerprint: fingerprint.as_deref(),
+            choices,
+            usage,
+        };
+        event(&chunk, out);
+    }
+}
+
+fn event(value: &impl Serialize, out: &mut Vec<u8>) {
+    out.extend_from_slice(b"data: ");
+    serde_json::to_writer(&mut *out, value).expect("the dialect's types serialize to JSON");
+    out.extend_from_slice(b"\n\n");
+}
+
+/// The last event of a stream that failed: without it the SDKs take the end for a good one.
+pub fn failure(error: &ErrorBody) -> Vec<u8> {
+    let mut out = Vec::new();
+    event(&Reply::from(error), &mut out);
+    out
+}
+
+/// One choice of a whole answer.
+#[derive(Clone, Debug, Default)]
+struct Text {
+    text: String,
+    chars: usize,
+    chat_logprobs: Option<Vec<Value>>,
+    lists: Option<Lists>,
+    finish: Option<&'static str>,
+}
+
+/// A whole answer.
+#[derive(Debug)]
+pub struct Whole {
+    progress: Progress,
+    texts: Vec<Text>,
+}
+
+impl Whole {
+    /// An answer of which nothing is there yet.
+    pub fn new(head: Head) -> Self {
+        let all: usize = head.choices.iter().sum();
+        Self { progress: Progress::new(head), texts: vec![Text::default(); all] }
+    }
+
+    /// Takes a part's next event.
+    pub fn take(&mut self, part: usize, event: &Event) -> Step {
+        match event {
+            Event::Started(started) => self.progress.started(started),
+            Event::Token(token) => {
+                let text = &mut self.texts[self.progress.index(part, token.choice as usize)];
+                if let Some(logprobs) = &token.logprobs {
+                    match self.progress.head.endpoint {
+                        Endpoint::Chat => text.chat_logprobs.get_or_insert_default().push(chat_logprob(logprobs)),
+                        Endpoint::Completions => text.lists.get_or_insert_default().push(logprobs, text.chars),
+                    }
+                }
+                text.text.push_str(&token.t);
+                text.chars += token.t.chars().count();
+                return Step::Moving;
+            }
+            Event::Done(done) => {
+                if let Err(error) = self.progress.done(done) {
+                    return Step::Failed(error);
+                }
+                for (choice, end) in done.choices.iter().enumerate() {
+                    let index = self.progress.index(part, choice);
+                    self.texts[index].finish = Some(finish(end.finish_reason));
+                }
+                return if self.progress.open == 0 { Step::Over } else { Step::Moving };
+            }
+            Event::Error(error) => return Step::Failed(Box::new(error.clone())),
+            _ => {}
+        }
+        Step::Waiting
+    }
+
+    /// The answer's JSON, once all parts are done.
+    pub fn into_json(self) -> Value {
+        let Self { progress, texts } = self;
+        let choice = |(index, text): (usize, Text)| match progress.head.endpoint {
+            Endpoint::Chat => json!({
+                "index": index,
+                "message": { "role": "assistant", "content": text.text, "refusal": null },
+                "logprobs": text.chat_logprobs.map(|content| json!({ "content": content, "refusal": null })),
+                "finish_reason": text.finish,
+            }),
+            Endpoint::Completions => json!({
+                "index": index,
+                "text": text.text,
+                "logprobs": text.lists,
+                "finish_reason": text.finish,
+            }),
+        };
+        json!({
+            "id": progress.head.id,
+            "object": progress.object(false),
+            "created": progress.head.created,
+            "model": progress.model,
+            "system_fingerprint": progress.fingerprint,
+            "choices": texts.into_iter().enumerate().map(choice).collect::<Vec<_>>(),
+            "usage": progress.usage,
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rbee_wire::event::{ChoiceEnd, TopLogprob};
+    use rbee_wire::{JobId, ModelRef, WorkerId};
+
+    use super::*;
+
+    fn head(endpoint: Endpoint, choices: &[usize]) -> Head {
+        let model = Some("m".to_owned());
+        Head { endpoint, id: "x-1".into(), created: 7, model, build: "rbee-0".into(), choices: choices.to_vec() }
+    }
+
+    fn started() -> Event {
+        Event::Started(Started {
+            job_id: JobId::new("job-1").unwrap(),
+            worker_id: WorkerId::new("w").unwrap(),
+            model: ModelRef::Tinybee,
+            prompt_tokens: 3,
+            cached_tokens: 1,
+            seed: 1,
+            why: String::new(),
+            fingerprint: Some("0123456789".into()),
+            numerics_id: Some("abcdefghij".into()),
+        })
+    }
+
+    fn token(choice: u32, i: u64, t: &str) -> Event {
+        Event::Token(Token { i, choice, t: t.into(), id: 5, logprobs: None })
+    }
+
+    fn done(reasons: &[FinishReason]) -> Event {
+        Event::Done(Done {
+            choices: reasons.iter().map(|&finish_reason| ChoiceEnd { finish_reason }).collect(),
+            usage: Some(Usage { prompt_tokens: 3, completion_tokens: 2, total_tokens: 5, cached_tokens: 1 }),
+            timings: None,
+        })
+    }
+
+    fn chunks(endpoint: Endpoint, choices: &[usize], usage: bool, events: &[(usize, Event)]) -> (Vec<Value>, Step) {
+        let mut chunks = Chunks::new(head(endpoint, choices), usage);
+        let mut out = Vec::new();
+        let mut last = Step::Waiting;
+        for (part, event) in events {
+            last = chunks.take(*part, event, &mut out);
+        }
+        let mut values = Vec::new();
+        rbee_wire::sse::Decoder::new(1 << 20)
+            .feed(&out, |frame| {
+                assert_eq!(frame.id, None, "the SDKs cannot take ids beside comments");
+                values.push(serde_json::from_slice(&frame.data).unwrap_or(Value::String("[DONE]".into())));
+            })
+            .unwrap();
+        (values, last)
+    }
+
+    #[test]
+    fn a_chat_has_its_role_first_its_reason_last_and_its_usage_after_that() {
+        let events = [
+            (0, started()),
+            (0, token(0, 0, "Hel")),
+            (0, token(0, 1, "")),
+            (0, token(0, 2, "lo")),
+            (0, done(&[FinishReason::Stop])),
+        ];
+        let (values, last) = chunks(Endpoint::Chat, &[1], true, &events);
+        assert_eq!(last, Step::Over);
+        let deltas: Vec<_> = values[..4].iter().map(|chunk| chunk["choices"][0]["delta"].clone()).collect();
+        let want = [
+            json!({"role": "assistant", "content": ""}),
+            json!({"content": "Hel"}),
+            json!({"content": "lo"}),
+            json!({}),
+        ];
+        assert_eq!(deltas, want);
+        let reasons: Vec<_> = values[..4].iter().map(|chunk| chunk["choices"][0]["finish_reason"].clone()).collect();
+        assert_eq!(reasons, [Value::Null, Value::Null, Value::Null, json!("stop")]);
+        for chunk in &values[..5] {
+            assert_eq!((&chunk["id"], &chunk["created"], &chunk["model"]), (&json!("x-1"), &json!(7), &json!("m")));
+            assert_eq!(chunk["object"], "chat.completion.chunk");
+            assert_eq!(chunk["system_fingerprint"], "rbee-0-01234567-abcdefgh");
+        }
+        assert!(values[..4].iter().all(|chunk| chunk.get("usage") == Some(&Value::Null)));
+        assert_eq!(values[4]["choices"], json!([]));
+        assert_eq!(values[4]["usage"]["prompt_tokens_details"]["cached_tokens"], 1);
+        assert_eq!(values[5], "[DONE]");
+        let (values, _) = chunks(Endpoint::Chat, &[1], false, &events);
+        assert!(values.len() == 5 && values.iter().all(|chunk| chunk.get("usage").is_none()));
+    }
+
+    #[test]
+    fn choices_of_several_prompts_are_numbered_through_and_end_once_each() {
+        let two = done(&[FinishReason::Length, FinishReason::Stop]);
+        let events = [
+            (1, started()),
+            (0, started()),
+            (1, token(1, 0, "d")),
+            (0, token(0, 0, "a")),
+            (1, token(0, 0, "c")),
+            (1, two.clone()),
+            (0, two.clone()),
+        ];
+        let (values, last) = chunks(Endpoint::Completions, &[2, 2], true, &events);
+        assert_eq!(last, Step::Over);
+        let ends = |index: usize| {
+            let of = |chunk: &&Value| {
+                chunk["choices"][0]["index"] == index && !chunk["choices"][0]["finish_reason"].is_null()
+            };
+            values.iter().filter(of).count()
+        };
+        assert_eq!([0, 1, 2, 3].map(ends), [1; 4]);
+        let texts: Vec<_> =
+            values[..3].iter().map(|chunk| (&chunk["choices"][0]["index"], &chunk["choices"][0]["text"])).collect();
+        assert_eq!(texts, [(&json!(3), &json!("d")), (&json!(0), &json!("a")), (&json!(2), &json!("c"))]);
+        assert_eq!(values[values.len() - 2]["usage"]["total_tokens"], 10);
+    }
+
+    #[test]
+    fn errors_and_cancellations_are_failures_and_never_ends() {
+        let error = Event::Error(ErrorBody::new(ErrorCode::WorkerLost, "gone"));
+        for (end, code) in [(error, ErrorCode::WorkerLost), (done(&[FinishReason::Cancelled]), ErrorCode::Cancelled)] {
+            let (values, last) =
+                chunks(Endpoint::Chat, &[1], true, &[(0, started()), (0, token(0, 0, "a")), (0, end.clone())]);
+            assert!(values.iter().all(|chunk| chunk != "[DONE]" && chunk["choices"][0]["finish_reason"].is_null()));
+            let Step::Failed(error) = last else { panic!("{last:?}") };
+            assert_eq!(error.code, code);
+            let text = String::from_utf8(failure(&error)).unwrap();
+            assert!(text.starts_with("data: {\"error\":{\"message\":") && text.ends_with("}\n\n"), "{text}");
+            let mut whole = Whole::new(head(Endpoint::Chat, &[1]));
+            assert!(matches!(whole.take(0, &end), Step::Failed(_)));
+        }
+    }
+
+    #[test]
+    fn a_whole_answer_is_the_sum_of_its_chunks_log_probabilities_included() {
+        let logprobs = TokenLogprobs {
+            t: "é".into(),
+            logprob: -0.5,
+            top: vec![
+                TopLogprob { id: 5, t: "é".into(), logprob: -0.5 },
+                TopLogprob { id: 6, t: "\u{fffd}".into(), logprob: -1.5 },
+            ],
+        };
+        let with = Event::Token(Token { i: 0, choice: 0, t: "é".into(), id: 5, logprobs: Some(logprobs) });
+        let events = [started(), with.clone(), with, done(&[FinishReason::Length])];
+        let whole = |endpoint| {
+            let mut whole = Whole::new(head(endpoint, &[1]));
+            let steps: Vec<Step> = events.iter().map(|event| whole.take(0, event)).collect();
+            assert_eq!(steps, [Step::Waiting, Step::Moving, Step::Moving, Step::Over]);
+            whole.into_json()
+        };
+        let chat = whole(Endpoint::Chat);
+        assert_eq!(chat["choices"][0]["message"], json!({"role": "assistant", "content": "éé", "refusal": null}));
+        let entry = &chat["choices"][0]["logprobs"]["content"][1];
+        assert_eq!((&entry["token"], &entry["bytes"]), (&json!("é"), &json!([195, 169])));
+        assert_eq!(entry["top_logprobs"][1]["bytes"], Value::Null);
+        assert_eq!(chat["choices"][0]["finish_reason"], "length");
+        let text = whole(Endpoint::Completions);
+        assert_eq!(text["object"], "text_completion");
+        assert_eq!(text["choices"][0]["logprobs"]["text_offset"], json!([0, 1]));
+        assert_eq!(text["choices"][0]["logprobs"]["top_logprobs"][0], json!({"é": -0.5, "\u{fffd}": -1.5}));
+        assert_eq!(text["usage"]["completion_tokens"], 2);
+    }
+}

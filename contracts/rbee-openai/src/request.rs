@@ -1,0 +1,409 @@
+//! A request of the dialect as jobs.
+
+use rbee_wire::body::parse_object;
+use rbee_wire::fields::Violation;
+use rbee_wire::job::{Infer, JobRequest, invalid};
+use rbee_wire::{ErrorBody, ErrorCode};
+use serde_json::{Map, Value, json};
+
+use crate::fields::{Endpoint, Fate, Field};
+
+/// Most prompts of one completion.
+const MAX_PROMPTS: usize = 16;
+
+/// Tokens of a completion that names no number: the dialect's own default.
+const COMPLETION_TOKENS: u64 = 16;
+
+/// What is done with fields that change nothing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unknown {
+    /// They are told in a header.
+    Reported,
+    /// The request is refused.
+    Refused,
+}
+
+/// How the answer is sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Streaming {
+    /// Whole, when it is there.
+    No,
+    /// As it comes.
+    Yes {
+        /// With the token counts at the end.
+        usage: bool,
+    },
+}
+
+/// A request that has been checked.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Asked {
+    /// One job, or one for each prompt of a completion.
+    pub jobs: Vec<Infer>,
+    /// How the answer is sent.
+    pub streaming: Streaming,
+    /// Fields that change nothing.
+    pub ignored: Vec<String>,
+}
+
+/// Reads and validates a posted body.
+///
+/// # Errors
+/// `INVALID_REQUEST` with every violation, under the dialect's names.
+pub fn read(endpoint: Endpoint, bytes: &[u8], unknown: Unknown) -> Result<Asked, ErrorBody> {
+    let body = parse_object(bytes).map_err(|problem| ErrorBody::new(ErrorCode::InvalidRequest, problem))?;
+    let mut reader = Reader::default();
+    for (name, value) in body.iter().filter(|(_, value)| !value.is_null()) {
+        match endpoint.fields().iter().find(|field| field.name == name) {
+            Some(field) => reader.take(field, value, &body),
+            None => reader.ignored.push(shown(name)),
+        }
+    }
+    let prompts = match endpoint {
+        Endpoint::Chat => {
+            if body.get("messages").is_none_or(Value::is_null) {
+                reader.wrong("messages", "is required");
+            }
+            Vec::new()
+        }
+        Endpoint::Completions => {
+            reader.job.entry("max_tokens").or_insert(COMPLETION_TOKENS.into());
+            reader.prompts(body.get("prompt").unwrap_or(&Value::Null))
+        }
+    };
+    if unknown == Unknown::Refused {
+        for name in std::mem::take(&mut reader.ignored) {
+            reader.wrong(&name, "changes nothing here, and the request asks for strictness");
+        }
+    }
+    reader.finish(prompts)
+}
+
+/// A name from outside as it may be shown.
+fn shown(name: &str) -> String {
+    name.chars().take(64).collect::<String>().escape_debug().to_string()
+}
+
+#[derive(Default)]
+struct Reader {
+    /// The body of the job.
+    job: Map<String, Value>,
+    /// Fields of the job that have another name here.
+    renamed: Vec<(&'static str, &'static str)>,
+    found: Vec<Violation>,
+    ignored: Vec<String>,
+    streams: bool,
+    usage: bool,
+}
+
+impl Reader {
+    fn wrong(&mut self, field: &str, problem: impl Into<String>) {
+        self.found.push(Violation { field: field.into(), problem: problem.into() });
+    }
+
+    fn take(&mut self, field: &Field, value: &Value, body: &Map<String, Value>) {
+        let name = field.name;
+        match field.fate {
+            Fate::Ignored => self.ignored.push(name.into()),
+            Fate::Refused(unless) => {
+                if !asks_for_nothing(name, value, body) {
+                    self.wrong(name, format!("is not supported by this build ({unless})"));
+                }
+            }
+            Fate::Job(to) => {
+                if self.job.get(to).is_some_and(|other| other != value) {
+                    self.wrong(name, "contradicts its other name");
+                }
+                self.job.insert(to.into(), value.clone());
+                if to != name {
+                    self.renamed.push((to, name));
+                }
+            }
+            Fate::Own(_) => self.own(name, value),
+        }
+    }
+
+    fn own(&mut self, name: &'static str, value: &Value) {
+        match name {
+            "messages" => self.messages(value),
+            "seed" => {
+                // The dialect's seeds are signed; as bits they are as good as any.
+                let seed = value.as_i64().map(i64::cast_unsigned).or(value.as_u64());
+                self.job.insert("seed".into(), seed.map_or_else(|| value.clone(), Value::from));
+            }
+            "max_tokens" => drop(self.job.insert("max_tokens".into(), value.clone())),
+            "logprobs" => {
+                self.job.insert("logprobs".into(), true.into());
+                self.job.insert("top_logprobs".into(), value.clone());
+                self.renamed.push(("top_logprobs", "logprobs"));
+            }
+            "stream" => match value.as_bool() {
+                Some(streams) => self.streams = streams,
+                None => self.wrong(name, "must be true or false"),
+            },
+            "stream_options" => self.stream_options(value),
+            // Looked at when all else is there.
+            _ => {}
+        }
+    }
+
+    fn stream_options(&mut self, value: &Value) {
+        let Some(options) = value.as_object() else {
+            return self.wrong("stream_options", "must be an object");
+        };
+        for (name, value) in options.iter().filter(|(_, value)| !value.is_null()) {
+            match (name.as_str(), value.as_bool()) {
+                ("include_usage", Some(usage)) => self.usage = usage,
+                ("include_usage", None) => self.wrong("stream_options.include_usage", "must be true or false"),
+                _ => self.ignored.push(format!("stream_options.{}", shown(name))),
+            }
+        }
+    }
+
+    /// Messages in the job's form: a role and a text each.
+    fn messages(&mut self, value: &Value) {
+        let Some(list) = value.as_array() else {
+            return self.wrong("messages", "must be a list of messages");
+        };
+        let mut messages = Vec::with_capacity(list.len());
+        for (i, message) in list.iter().enumerate() {
+            let Some(message) = message.as_object() else {
+                return self.wrong("messages", format!("must be a list of messages: number {i} is not an object"));
+            };
+            let text = match content(message.get("content").unwrap_or(&Value::Null)) {
+                Ok(text) => text,
+                Err(problem) => return self.wrong("messages", format!("message {i}: {problem}")),
+            };
+            for (name, value) in message {
+                let empty = value.is_null() || value.as_array().is_some_and(Vec::is_empty);
+                match name.as_str() {
+                    "role" | "content" => {}
+                    // What the SDKs' own answers carry when they are sent back.
+                    _ if empty => {}
+                    "tool_calls" | "function_call" | "tool_call_id" => {
+                        return self.wrong("messages", format!("message {i}: `{name}` is not supported by this build"));
+                    }
+                    _ => {
+                        let name = format!("messages.{}", shown(name));
+                        if !self.ignored.contains(&name) {
+                            self.ignored.push(name);
+                        }
+                    }
+                }
+            }
+            messages.push(json!({ "role": message.get("role").unwrap_or(&Value::Null), "content": text }));
+        }
+        self.job.insert("messages".into(), messages.into());
+    }
+
+    fn prompts(&mut self, value: &Value) -> Vec<Value> {
+        match value {
+            Value::String(_) => vec![value.clone()],
+            Value::Array(list) if list.is_empty() || list.len() > MAX_PROMPTS => {
+                self.wrong("prompt", format!("must be a text, or 1 to {MAX_PROMPTS} of them"));
+                Vec::new()
+            }
+            Value::Array(list) if list.iter().all(Value::is_string) => list.clone(),
+            Value::Array(_) => {
+                self.wrong("prompt", "must be a text or a list of texts; token ids are not supported by this build");
+                Vec::new()
+            }
+            Value::Null => {
+                self.wrong("prompt", "is required");
+                Vec::new()
+            }
+            _ => {
+                self.wrong("prompt", "must be a text or a list of texts");
+                Vec::new()
+            }
+        }
+    }
+
+    fn finish(mut self, prompts: Vec<Value>) -> Result<Asked, ErrorBody> {
+        self.job.insert("operation".into(), "infer".into());
+        let mut jobs = Vec::new();
+        // With a placeholder where the prompt itself is at fault, so that everything else is checked all the same.
+        let placeholder = self.found.iter().any(|wrong| matches!(wrong.field.as_str(), "prompt" | "messages"));
+        let chat = self.job.contains_key("messages");
+        let prompts = match (prompts.is_empty(), chat, placeholder) {
+            (true, true, _) => vec![Value::Null],
+            (true, false, true) => vec![json!("x")],
+            _ => prompts,
+        };
+        for prompt in prompts {
+            let mut job = self.job.clone();
+            if !prompt.is_null() {
+                job.insert("prompt".into(), prompt);
+            }
+            match JobRequest::from_object(job) {
+                Ok(JobRequest::Infer(infer)) => jobs.push(*infer),
+                Ok(_) => {}
+                Err(error) => {
+                    let details = error.details.as_ref().map(|details| details["violations"].clone());
+                    let Some(Ok(violations)) = details.map(serde_json::from_value::<Vec<Violation>>) else {
+                        return Err(error);
+                    };
+                    let renamed = |mut wrong: Violation| {
+                        if let Some((_, here)) = self.renamed.iter().find(|(there, _)| *there == wrong.field) {
+                            wrong.field = (*here).into();
+                        }
+                        wrong
+                    };
+                    self.found.extend(violations.into_iter().map(renamed));
+                    break;
+                }
+            }
+        }
+        if !self.found.is_empty() {
+            return Err(invalid(self.found));
+        }
+        let streaming = if self.streams { Streaming::Yes { usage: self.usage } } else { Streaming::No };
+        Ok(Asked { jobs, streaming, ignored: self.ignored })
+    }
+}
+
+/// The text of a message's content: a text, or parts of type `text`, a line each.
+fn content(value: &Value) -> Result<String, String> {
+    let parts = match value {
+        Value::String(text) => return Ok(text.clone()),
+        Value::Array(parts) => parts,
+        Value::Null => return Err("content is required".into()),
+        _ => return Err("content must be a text or a list of parts".into()),
+    };
+    let texts = parts.iter().map(|part| match (part["type"].as_str(), part["text"].as_str()) {
+        (Some("text"), Some(text)) => Ok(text),
+        (Some("text"), None) => Err("a part of type `text` has no text".to_owned()),
+        (Some(kind), _) => Err(format!("parts of type `{}` are not supported by this build", shown(kind))),
+        (None, _) => Err("a part has no type".to_owned()),
+    });
+    Ok(texts.collect::<Result<Vec<_>, _>>()?.join("\n"))
+}
+
+/// Whether a field that is not supported asks for what is done anyway.
+fn asks_for_nothing(name: &str, value: &Value, body: &Map<String, Value>) -> bool {
+    let empty = match value {
+        Value::Array(items) => items.is_empty(),
+        Value::String(text) => text.is_empty(),
+        Value::Bool(flag) => !flag,
+        _ => false,
+    };
+    match name {
+        "response_format" => value["type"] == "text",
+        "tool_choice" | "function_call" => value == "none" || value == "auto",
+        "modalities" => *value == json!(["text"]),
+        "best_of" => value.as_u64() == Some(body.get("n").and_then(Value::as_u64).unwrap_or(1)),
+        "tools" | "functions" | "echo" | "suffix" => empty,
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn asked(endpoint: Endpoint, body: &Value) -> Result<Asked, Vec<String>> {
+        read(endpoint, body.to_string().as_bytes(), Unknown::Reported).map_err(|error| {
+            assert_eq!(error.code, ErrorCode::InvalidRequest);
+            let found = error.details.unwrap()["violations"].clone();
+            serde_json::from_value::<Vec<Violation>>(found).unwrap().into_iter().map(|wrong| wrong.field).collect()
+        })
+    }
+
+    fn chat(more: Value) -> Result<Asked, Vec<String>> {
+        let mut body = json!({ "model": "tinybee", "messages": [{ "role": "user", "content": "hi" }] });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        asked(Endpoint::Chat, &body)
+    }
+
+    fn completion(more: Value) -> Result<Asked, Vec<String>> {
+        let mut body = json!({ "model": "tinybee", "prompt": "Once" });
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        asked(Endpoint::Completions, &body)
+    }
+
+    #[test]
+    fn fields_of_the_job_keep_their_meaning_and_their_own_names_in_refusals() {
+        let asked = chat(json!({ "max_completion_tokens": 7, "seed": -1, "stop": "x", "stream": true,
+            "stream_options": { "include_usage": true, "include_obfuscation": false }, "user": "u", "zzz": 1 }))
+        .unwrap();
+        let generation = &asked.jobs[0].generation;
+        assert_eq!((generation.max_tokens, generation.seed), (Some(7), Some(u64::MAX)));
+        assert_eq!(generation.stop, ["x"]);
+        assert_eq!(asked.streaming, Streaming::Yes { usage: true });
+        assert_eq!(asked.ignored, ["stream_options.include_obfuscation", "user", "zzz"]);
+        assert_eq!(chat(json!({ "max_completion_tokens": 0 })), Err(vec!["max_completion_tokens".into()]));
+        assert_eq!(chat(json!({ "max_completion_tokens": 3, "max_tokens": 4 })), Err(vec!["max_tokens".into()]));
+        assert!(chat(json!({ "max_completion_tokens": 3, "max_tokens": 3 })).is_ok());
+        assert_eq!(
+            chat(json!({ "temperature": 3, "n": 99, "stream": 1 })),
+            Err(vec!["stream".into(), "temperature".into(), "n".into()])
+        );
+        assert_eq!(completion(json!({ "logprobs": 21 })), Err(vec!["logprobs".into()]));
+    }
+
+    #[test]
+    fn what_changes_nothing_is_refused_where_strictness_is_asked_for() {
+        let body = json!({ "messages": [{ "role": "user", "content": "hi" }], "user": "u", "zzz": 1 }).to_string();
+        assert!(read(Endpoint::Chat, body.as_bytes(), Unknown::Reported).is_ok());
+        let error = read(Endpoint::Chat, body.as_bytes(), Unknown::Refused).unwrap_err();
+        assert!(error.message.contains("`user`") && error.message.contains("`zzz`"), "{error}");
+    }
+
+    #[test]
+    fn contents_are_texts_or_parts_and_nothing_else_passes_in_silence() {
+        let texts = |messages: Value| {
+            asked(Endpoint::Chat, &json!({ "messages": messages })).map(|asked| {
+                asked.jobs[0].generation.messages.clone().unwrap().into_iter().map(|m| m.content).collect()
+            })
+        };
+        let parts = json!([{ "type": "text", "text": "a" }, { "type": "text", "text": "b" }]);
+        assert_eq!(texts(json!([{ "role": "user", "content": parts }])), Ok(vec!["a\nb".to_owned()]));
+        let back = json!([
+            { "role": "user", "content": "a" },
+            { "role": "assistant", "content": "b", "refusal": null, "annotations": [], "tool_calls": null },
+            { "role": "user", "content": "c" },
+        ]);
+        assert_eq!(texts(back), Ok(vec!["a".to_owned(), "b".into(), "c".into()]));
+        for wrong in [
+            json!([]),
+            json!("hi"),
+            json!([1]),
+            json!([{ "role": "user" }]),
+            json!([{ "role": "king", "content": "x" }]),
+            json!([{ "content": "x" }]),
+            json!([{ "role": "user", "content": [{ "type": "image_url", "image_url": { "url": "x" } }] }]),
+            json!([{ "role": "assistant", "content": "", "tool_calls": [{ "id": "1" }] }]),
+        ] {
+            assert_eq!(texts(wrong.clone()), Err(vec!["messages".into()]), "{wrong}");
+        }
+        let asked = asked(Endpoint::Chat, &json!({ "messages": [{ "role": "user", "content": "x", "name": "Ada" }] }));
+        assert_eq!(asked.unwrap().ignored, ["messages.name"]);
+    }
+
+    #[test]
+    fn a_completion_of_several_prompts_is_as_many_jobs() {
+        let asked = completion(json!({ "prompt": ["a", "b"], "n": 2, "best_of": 2, "logprobs": 3 })).unwrap();
+        let prompts: Vec<_> = asked.jobs.iter().map(|job| job.generation.prompt.clone().unwrap()).collect();
+        assert_eq!(prompts, ["a", "b"]);
+        let generation = &asked.jobs[1].generation;
+        assert_eq!((generation.n, generation.max_tokens, generation.top_logprobs), (Some(2), Some(16), Some(3)));
+        for wrong in [json!([]), json!([1, 2]), json!([[1]]), json!(5), json!(null), json!(vec!["x"; 17])] {
+            assert_eq!(completion(json!({ "prompt": wrong.clone() })), Err(vec!["prompt".into()]), "{wrong}");
+        }
+        assert_eq!(completion(json!({ "best_of": 2, "echo": true })), Err(vec!["best_of".into(), "echo".into()]));
+    }
+
+    #[test]
+    fn what_is_not_supported_is_refused_by_name_unless_it_asks_for_nothing() {
+        let harmless = json!({ "response_format": { "type": "text" }, "tools": [], "tool_choice": "auto" });
+        assert!(chat(harmless).is_ok());
+        for (name, value) in [
+            ("response_format", json!({ "type": "json_object" })),
+            ("tools", json!([{ "type": "function", "function": { "name": "f" } }])),
+            ("tool_choice", json!("required")),
+            ("audio", json!({})),
+        ] {
+            assert_eq!(chat(json!({ name: value })), Err(vec![name.to_owned()]));
+        }
+    }
+}

@@ -1,0 +1,98 @@
+// Cases for the openai package of npm: `suite.mjs BASE_URL CASE...`. A case that fails ends it.
+
+import assert from "node:assert/strict";
+import { createRequire } from "node:module";
+
+const require = createRequire(process.env.RBEE_SDK_NODE + "/");
+const OpenAI = require("openai").default;
+
+const [base, ...cases] = process.argv.slice(2);
+const client = new OpenAI({ baseURL: base + "/v1", apiKey: "unused", maxRetries: 0 });
+const HI = [{ role: "user", content: "What do bees make?" }];
+const SURE = { model: "tinybee", messages: HI, temperature: 0, max_tokens: 20 };
+
+async function all(stream) {
+  const chunks = [];
+  for await (const chunk of await stream) chunks.push(chunk);
+  return chunks;
+}
+
+const suite = {
+  async chat() {
+    const answer = await client.chat.completions.create(SURE);
+    assert.equal(answer.choices[0].message.content, "Bees make honey.");
+    assert.equal(answer.choices[0].finish_reason, "stop");
+    assert.equal(answer.usage.total_tokens, answer.usage.prompt_tokens + answer.usage.completion_tokens);
+    assert.ok(answer._request_id);
+  },
+  async stream() {
+    const chunks = await all(client.chat.completions.create({ ...SURE, stream: true, stream_options: { include_usage: true } }));
+    const text = chunks.map((chunk) => chunk.choices[0]?.delta.content ?? "").join("");
+    assert.equal(text, "Bees make honey.");
+    assert.equal(chunks[0].choices[0].delta.role, "assistant");
+    assert.deepEqual(chunks.at(-1).choices, []);
+    assert.ok(chunks.at(-1).usage.completion_tokens > 2);
+    assert.equal(chunks.filter((chunk) => chunk.choices[0]?.finish_reason).length, 1);
+    // The helper that puts chunks together itself.
+    const runner = client.chat.completions.stream({ ...SURE, n: 2 });
+    const final = await runner.finalChatCompletion();
+    assert.equal(final.choices.length, 2);
+    assert.equal(final.choices[1].message.content, "Bees make honey.");
+  },
+  async completions() {
+    const asked = { model: "tinybee", prompt: ["Once upon a time", "Once"], temperature: 0, max_tokens: 8 };
+    const answer = await client.completions.create(asked);
+    assert.equal(answer.choices.length, 2);
+    const texts = ["", ""];
+    for (const chunk of await all(client.completions.create({ ...asked, stream: true }))) {
+      texts[chunk.choices[0].index] += chunk.choices[0].text;
+    }
+    assert.deepEqual(texts, answer.choices.map((choice) => choice.text));
+  },
+  async errors() {
+    const status = (code, name) => (error) => error.status === code && error.code === name;
+    await assert.rejects(client.chat.completions.create({ ...SURE, model: "none" }), status(404, "model_not_found"));
+    await assert.rejects(all(client.chat.completions.create({ ...SURE, model: "none", stream: true })), status(404, "model_not_found"));
+    await assert.rejects(client.chat.completions.create({ ...SURE, top_p: 3 }), (error) => error.status === 400 && error.param === "top_p");
+    for (const [name, value] of [["response_format", { type: "json_object" }], ["tool_choice", "required"]]) {
+      await assert.rejects(client.chat.completions.create({ ...SURE, [name]: value }), (error) => error.status === 400 && error.param === name);
+    }
+  },
+  async ignored() {
+    const { response } = await client.chat.completions.create({ ...SURE, user: "me", zzz: 1 }).withResponse();
+    assert.equal(response.headers.get("x-rbee-ignored"), "user, zzz");
+  },
+  async models() {
+    const ids = [];
+    for await (const model of client.models.list()) ids.push(model.id);
+    assert.ok(ids.includes("tinybee"));
+    assert.equal((await client.models.retrieve("tinybee")).owned_by, "rbee");
+    await assert.rejects(client.models.retrieve("org/none"), (error) => error.status === 404);
+  },
+  async waits() {
+    const patient = new OpenAI({ baseURL: base + "/v1", apiKey: "unused" });
+    const chunks = await all(patient.chat.completions.create({ model: "tinybee", messages: HI, max_tokens: 4, stream: true }));
+    assert.equal(chunks.filter((chunk) => chunk.choices[0]?.delta.content).length, 4);
+  },
+  async dies() {
+    const asked = { model: "tinybee", messages: HI, max_tokens: 4000, stream: true };
+    await assert.rejects(all(client.chat.completions.create(asked)), (error) => {
+      assert.ok(error instanceof OpenAI.APIError, String(error));
+      assert.equal(error.code, "worker_lost");
+      return true;
+    });
+  },
+  async leaves() {
+    const stream = await client.chat.completions.create({ model: "tinybee", messages: HI, max_tokens: 60000, stream: true });
+    for await (const _ of stream) break;
+    const controller = new AbortController();
+    setTimeout(() => controller.abort(), 300);
+    const asked = { model: "tinybee", messages: HI, max_tokens: 60000 };
+    await assert.rejects(client.chat.completions.create(asked, { signal: controller.signal }), OpenAI.APIUserAbortError);
+  },
+};
+
+for (const name of cases) {
+  await suite[name]();
+  console.log("ok", name);
+}

@@ -1,0 +1,55 @@
+//! `docs/api.md`: what becomes of every field of the OpenAI dialect, from the table that parses them.
+
+use std::fmt::Write as _;
+
+use rbee_openai::fields::{Endpoint, Fate};
+use rbee_wire::fields::Kind;
+use rbee_wire::op::INFER_FIELDS;
+
+/// The page.
+pub fn page() -> String {
+    let mut out = String::from(
+        "# The OpenAI API\n\n\
+         Point a client at `http://127.0.0.1:7833/v1`; any key will do while the queen has no token. `model` is whatever `rbee infer \
+         --model` takes, or an alias; without one the default answers. `GET /v1/models` lists what serves, the aliases and the built-in \
+         model. A model that is not loaded is loaded: a stream's headers come after 10 s at the latest and comments fill the silence, a whole \
+         answer waits.\n\n\
+         Each row is tried by `cargo xtask test` on the built programs (`tests/e2e/openai.rs`): what is honoured with a good value and a \
+         bad one, what is refused with one that asks for something and one that does not. The openai packages for Python (3.54 and \
+         1.109) and Node (6.49) run against it as well (`tests/sdk/`).\n\n\
+         - A field that is *ignored*, or that no table has, is named in the response header `x-rbee-ignored`; with the request header \
+         `x-rbee-strict: true` it is refused.\n\
+         - Errors are `{\"error\": {\"message\", \"type\", \"param\", \"code\"}}` with our code in lower case \
+         ([errors](reference/errors.md)), whatever part of the queen refuses. `x-should-retry: false` stands where a retry cannot help, \
+         `Retry-After` where it can.\n\
+         - A stream that fails after its first token ends in such an error as its last event, and never in `[DONE]`.\n\
+         - Events have no `id` and no name; keep-alives are comments of one line.\n\
+         - A client that leaves cancels its answer, streamed or not.\n\
+         - `system_fingerprint` is release, build, weights and numerics id: two answers that share it came from the same arithmetic.\n",
+    );
+    for endpoint in [Endpoint::Chat, Endpoint::Completions] {
+        let _ = writeln!(out, "\n## `POST {}`\n\n| field | | |\n|---|---|---|", endpoint.path());
+        for field in endpoint.fields() {
+            let (fate, more) = match field.fate {
+                Fate::Job(name) => ("honoured", job_field(field.name, name)),
+                Fate::Own(how) => ("honoured", how.to_owned()),
+                Fate::Refused(unless) => ("refused", unless.to_owned()),
+                Fate::Ignored => ("ignored", String::new()),
+            };
+            let _ = writeln!(out, "| `{}` | {fate} | {more} |", field.name);
+        }
+    }
+    out
+}
+
+fn job_field(name: &str, of_job: &str) -> String {
+    let Some(row) = INFER_FIELDS.iter().find(|row| row.name == of_job) else { return String::new() };
+    let range = match row.kind {
+        Kind::Int(min, max) => format!("; {min} to {max}"),
+        Kind::Float(min, max) => format!("; {min} to {max}"),
+        Kind::Texts(max) => format!("; at most {max}"),
+        _ => String::new(),
+    };
+    let renamed = if name == of_job { String::new() } else { format!("; another name of `{of_job}`") };
+    format!("{}{range}{renamed}", row.about)
+}
