@@ -13,6 +13,7 @@ mod infer;
 mod jobs;
 mod kit;
 mod loading;
+mod metrics;
 mod openai;
 mod queue;
 mod sdk;

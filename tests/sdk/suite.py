@@ -170,6 +170,22 @@ def models():
     assert raised(openai.NotFoundError, lambda: client.models.retrieve("org/none")).code == "model_not_found"
 
 
+def metrics():
+    """What the queen says to Prometheus is what Prometheus' own parser reads."""
+    import urllib.request
+
+    from prometheus_client.parser import text_string_to_metric_families
+
+    client.chat.completions.create(**SURE)
+    text = urllib.request.urlopen(BASE + "/metrics").read().decode()
+    families = {family.name: family for family in text_string_to_metric_families(text)}
+    assert families["vllm:time_to_first_token_seconds"].type == "histogram", families.keys()
+    assert families["vllm:generation_tokens"].type == "counter"
+    assert families["vllm:num_requests_running"].type == "gauge"
+    labels = [sample.labels["model_name"] for sample in families["vllm:e2e_request_latency_seconds"].samples]
+    assert "tinybee" in labels
+
+
 def waits():
     """The model loads for 20 s: neither form of the answer raises, with everything as the SDK has it by default."""
     patient = openai.OpenAI(base_url=BASE + "/v1", api_key="unused")

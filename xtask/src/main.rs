@@ -23,7 +23,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   fuzz [SECONDS] [TARGET]
                  run every fuzz target, or one, for 5 seconds unless given
   up [WORKERS]   a fleet of simulated workers in a home of its own, until Ctrl-C
-  bench NAME     measure: relay, start
+  bench NAME     measure: relay, start, engine
 ";
 
 fn main() -> ExitCode {
@@ -73,8 +73,8 @@ fn cargo(args: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Everything that a change must pass, driven with the real SDKs where their registries can be reached. The programs are built first and by the same command as `./rbee` uses, so nothing is
-/// built twice.
+/// Everything that a change must pass, driven with the real SDKs where their registries can be reached. The programs are
+/// built first and by the same command as `./rbee` uses, so nothing is built twice.
 fn test() -> Result<()> {
     cargo(&["build", "--release", "--locked", "--workspace", "--bins"])?;
     sdk::install(&root())?;

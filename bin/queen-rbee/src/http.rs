@@ -8,16 +8,18 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
+use prometheus_client::encoding::prometheus_text::CONTENT_TYPE;
 use rbee_scheduler::Event as Heard;
 use rbee_service::{ApiError, Guard, JsonBytes, Shutdown, protect, sse};
 use rbee_wire::hive::HiveHeartbeat;
 use rbee_wire::job::JobAccepted;
-use rbee_wire::view::{DaemonReady, InfoReply, JobList, JobView, StatusView};
+use rbee_wire::view::{DaemonReady, InfoReply, JobList, JobState, JobView, StatusView};
 use rbee_wire::worker::{HeartbeatReply, WorkerHeartbeat};
 use rbee_wire::{ErrorBody, ErrorCode, JobRequest, ModelRef, Operation, PROTOCOL, routes};
 use serde_json::{Value, json};
 
 use crate::jobs::Trail;
+use crate::metrics::Seen;
 use crate::ops::Operations;
 use crate::submit::{Leaving, cancel, cancel_if_alone, draining, listen, submit};
 use crate::{Reach, Stop, openai};
@@ -48,6 +50,7 @@ pub fn router(api: Api, guard: Guard) -> Router {
         .route(routes::READY, get(ready))
         .route(routes::READYZ, get(ready))
         .route(routes::INFO, get(info))
+        .route(routes::METRICS, get(metrics))
         .route(routes::SHUTDOWN, post(shutdown))
         .route(routes::JOBS, post(post_job).get(list_jobs))
         .route(routes::JOB, get(get_job).delete(cancel_job))
@@ -69,6 +72,21 @@ async fn ready(State(api): State<Api>) -> Result<Json<DaemonReady>, ApiError> {
 
 async fn info(State(api): State<Api>) -> Json<InfoReply> {
     Json(api.ops.info())
+}
+
+async fn metrics(State(api): State<Api>) -> Response {
+    let fleet = api.ops.brain.fleet().await;
+    let (mut running, mut waiting) = (Vec::new(), Vec::new());
+    for job in api.ops.jobs.open().iter().filter(|job| job.request.operation() == Operation::Infer) {
+        let facts = job.facts();
+        let place = if facts.state == JobState::Running { &mut running } else { &mut waiting };
+        // A name that nothing has served yet is whatever somebody made up.
+        let model = facts.model.clone();
+        place.push(model.filter(|model| fleet.workers.iter().any(|worker| worker.model == *model)));
+    }
+    let hives = fleet.hives.iter().filter(|hive| hive.alive).count();
+    let text = api.ops.jobs.metrics().text(&Seen { workers: fleet.workers, hives, running, waiting });
+    ([(header::CONTENT_TYPE, CONTENT_TYPE)], text).into_response()
 }
 
 async fn shutdown(State(api): State<Api>, JsonBytes(body): JsonBytes) -> Result<Json<Value>, ApiError> {

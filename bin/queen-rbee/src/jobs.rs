@@ -12,6 +12,8 @@ use rbee_wire::view::{Decision, JobState, JobView};
 use rbee_wire::{ErrorBody, ErrorCode, Incarnation, JobId, JobRequest, ModelRef, Operation, RequestId, WorkerId};
 use tokio_util::sync::CancellationToken;
 
+use crate::metrics::{Ended, Metrics};
+
 /// Decisions kept of one job.
 const MAX_TRAIL: usize = 64;
 
@@ -40,6 +42,8 @@ pub struct Job {
     pub detached: bool,
     /// Ends the relay that works for it now.
     pub stop: Mutex<CancellationToken>,
+    /// Where its end is counted.
+    pub metrics: Arc<Metrics>,
     facts: Mutex<Facts>,
 }
 
@@ -110,6 +114,15 @@ impl Job {
         }
     }
 
+    /// What is counted of its end.
+    fn ended<'a>(&self, facts: &'a Facts, timings: &'a Timings) -> Ended<'a> {
+        Ended {
+            model: facts.model.as_ref().filter(|_| facts.worker.is_some()),
+            timings,
+            first_token: facts.first_token.map(|at| at.saturating_sub(self.posted)),
+        }
+    }
+
     /// Ends it well. `done` is the worker's, for an `infer` job.
     pub fn finish(&self, now: Duration, mut done: Done) {
         let mut facts = self.facts();
@@ -120,9 +133,14 @@ impl Job {
         }
         let cancelled = done.cancelled();
         let (usage, timings) = (done.usage, done.timings);
+        let reasons: Vec<FinishReason> = done.choices.iter().map(|choice| choice.finish_reason).collect();
         if self.log.push(&Event::Done(done)).is_some() {
             facts.state = if cancelled { JobState::Cancelled } else { JobState::Done };
             (facts.usage, facts.timings, facts.ended) = (usage, timings, Some(now));
+            if let (Some(timings), true) = (&timings, generated) {
+                let usage = usage.unwrap_or_default();
+                self.metrics.finished(self.ended(&facts, timings), &usage, reasons.into_iter());
+            }
         }
     }
 
@@ -152,7 +170,11 @@ impl Job {
         let mut facts = self.facts();
         if self.log.push(&Event::Error(error.clone())).is_some() {
             facts.state = JobState::Failed;
-            facts.timings = Some(self.timings(&facts, now, None));
+            let timings = self.timings(&facts, now, None);
+            facts.timings = Some(timings);
+            if self.request.operation() == Operation::Infer {
+                self.metrics.failed(self.ended(&facts, &timings), error.code);
+            }
             facts.error = Some(error);
             facts.ended = Some(now);
         }
@@ -221,6 +243,7 @@ pub struct Jobs(Arc<Shared>);
 
 struct Shared {
     incarnation: Incarnation,
+    metrics: Arc<Metrics>,
     clock: Clock,
     keep: Keep,
     kept: Mutex<Kept>,
@@ -238,7 +261,12 @@ struct Kept {
 impl Jobs {
     /// No jobs yet.
     pub fn new(incarnation: Incarnation, clock: Clock, keep: Keep) -> Self {
-        Self(Arc::new(Shared { incarnation, clock, keep, kept: Mutex::default() }))
+        Self(Arc::new(Shared { incarnation, metrics: Arc::default(), clock, keep, kept: Mutex::default() }))
+    }
+
+    /// What is counted of them.
+    pub fn metrics(&self) -> &Metrics {
+        &self.0.metrics
     }
 
     fn kept(&self) -> MutexGuard<'_, Kept> {
@@ -315,6 +343,7 @@ impl Jobs {
             posted: self.now(),
             detached,
             stop: Mutex::default(),
+            metrics: Arc::clone(&self.0.metrics),
             facts: Mutex::new(facts),
         });
         kept.jobs.insert(id.clone(), Arc::clone(&job));

@@ -15,6 +15,7 @@ mod channel;
 mod hives;
 mod http;
 mod jobs;
+mod metrics;
 mod openai;
 mod ops;
 mod relay;

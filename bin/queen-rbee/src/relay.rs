@@ -5,6 +5,7 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use prometheus_client::metrics::histogram::Histogram;
 use rbee_client::ClientError;
 use rbee_scheduler::Event as Heard;
 use rbee_wire::event::{Done, Event, Started};
@@ -106,7 +107,9 @@ async fn run(dispatch: &Dispatch, jobs: &Jobs, brain: &Brain, stop: &Cancellatio
         model: model.clone(),
         why: why.clone(),
         choices: infer.generation.n.unwrap_or(1) as usize,
+        between_tokens: jobs.metrics().between_tokens(model),
         next: Vec::new(),
+        last: Vec::new(),
         started: false,
     };
     let mut seat = tokio::select! {
@@ -183,8 +186,11 @@ pub struct Relay {
     model: ModelRef,
     why: String,
     choices: usize,
+    between_tokens: Histogram,
     /// The position of each choice's next token.
     next: Vec<u64>,
+    /// When each choice's last token came.
+    last: Vec<Option<Duration>>,
     started: bool,
 }
 
@@ -202,6 +208,9 @@ impl Relay {
                 };
                 *next += 1;
                 let now = self.jobs.now();
+                if let Some(before) = self.last[peek.choice as usize].replace(now) {
+                    self.between_tokens.observe(now.saturating_sub(before).as_secs_f64());
+                }
                 let first = {
                     let mut facts = self.job.facts();
                     facts.tokens += 1;
@@ -221,6 +230,7 @@ impl Relay {
                 };
                 self.started = true;
                 self.next = vec![0; self.choices];
+                self.last = vec![None; self.choices];
                 {
                     let mut facts = self.job.facts();
                     facts.prompt_tokens = said.prompt_tokens;

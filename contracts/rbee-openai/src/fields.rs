@@ -47,12 +47,9 @@ const fn ignored(name: &'static str) -> Field {
     Field { name, fate: Fate::Ignored }
 }
 
-/// Fields of `POST /v1/chat/completions`.
-pub const CHAT: &[Field] = &[
-    own("messages", "roles system, developer, user, assistant; content as a text or as parts of type `text`"),
+/// Fields that all endpoints have.
+const SHARED: &[Field] = &[
     job("model"),
-    Field { name: "max_completion_tokens", fate: Fate::Job("max_tokens") },
-    job("max_tokens"),
     job("min_tokens"),
     job("temperature"),
     job("top_p"),
@@ -64,13 +61,21 @@ pub const CHAT: &[Field] = &[
     job("logit_bias"),
     job("stop"),
     own("seed", "negative ones too"),
-    job("logprobs"),
-    job("top_logprobs"),
     job("n"),
     job("ignore_eos"),
-    job("chat_template_kwargs"),
     own("stream", "as server-sent events"),
     own("stream_options", "`include_usage`"),
+    ignored("user"),
+];
+
+/// Fields of `POST /v1/chat/completions` alone.
+const CHAT: &[Field] = &[
+    own("messages", "roles system, developer, user, assistant; content as a text or as parts of type `text`"),
+    Field { name: "max_completion_tokens", fate: Fate::Job("max_tokens") },
+    job("max_tokens"),
+    job("logprobs"),
+    job("top_logprobs"),
+    job("chat_template_kwargs"),
     refused("response_format", "unless its type is `text`"),
     refused("tools", "unless empty"),
     refused("tool_choice", "unless `none` or `auto`"),
@@ -80,7 +85,6 @@ pub const CHAT: &[Field] = &[
     refused("audio", "always"),
     refused("web_search_options", "always"),
     ignored("parallel_tool_calls"),
-    ignored("user"),
     ignored("safety_identifier"),
     ignored("prompt_cache_key"),
     ignored("prompt_cache_retention"),
@@ -92,40 +96,29 @@ pub const CHAT: &[Field] = &[
     ignored("verbosity"),
 ];
 
-/// Fields of `POST /v1/completions`.
-pub const COMPLETIONS: &[Field] = &[
+/// Fields of `POST /v1/completions` alone.
+const COMPLETIONS: &[Field] = &[
     own("prompt", "a text, or a list of up to 16; token ids are refused"),
-    job("model"),
     own("max_tokens", "16 unless given, as the dialect has it"),
-    job("min_tokens"),
-    job("temperature"),
-    job("top_p"),
-    job("top_k"),
-    job("min_p"),
-    job("repetition_penalty"),
-    job("frequency_penalty"),
-    job("presence_penalty"),
-    job("logit_bias"),
-    job("stop"),
-    own("seed", "negative ones too"),
     own("logprobs", "the number of likeliest tokens, 0 to 20"),
-    job("n"),
-    job("ignore_eos"),
-    own("stream", "as server-sent events"),
-    own("stream_options", "`include_usage`"),
     refused("best_of", "unless equal to `n`"),
     refused("echo", "unless false"),
     refused("suffix", "unless empty"),
-    ignored("user"),
 ];
 
 impl Endpoint {
     /// Its fields.
-    pub fn fields(self) -> &'static [Field] {
-        match self {
+    pub fn fields(self) -> impl Iterator<Item = &'static Field> {
+        let own = match self {
             Self::Chat => CHAT,
             Self::Completions => COMPLETIONS,
-        }
+        };
+        own.iter().chain(SHARED)
+    }
+
+    /// Its field of this name.
+    pub fn field(self, name: &str) -> Option<&'static Field> {
+        self.fields().find(|field| field.name == name)
     }
 
     /// Its path.
@@ -146,7 +139,7 @@ mod tests {
     #[test]
     fn every_field_stands_once_and_those_of_the_job_are_there() {
         for endpoint in [Endpoint::Chat, Endpoint::Completions] {
-            let fields = endpoint.fields();
+            let fields: Vec<&Field> = endpoint.fields().collect();
             for (i, field) in fields.iter().enumerate() {
                 assert!(fields[..i].iter().all(|other| other.name != field.name), "{}", field.name);
                 if let Fate::Job(name) = field.fate {

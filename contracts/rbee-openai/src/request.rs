@@ -54,7 +54,7 @@ pub fn read(endpoint: Endpoint, bytes: &[u8], unknown: Unknown) -> Result<Asked,
     let body = parse_object(bytes).map_err(|problem| ErrorBody::new(ErrorCode::InvalidRequest, problem))?;
     let mut reader = Reader::default();
     for (name, value) in body.iter().filter(|(_, value)| !value.is_null()) {
-        match endpoint.fields().iter().find(|field| field.name == name) {
+        match endpoint.field(name) {
             Some(field) => reader.take(field, value, &body),
             None => reader.ignored.push(shown(name)),
         }

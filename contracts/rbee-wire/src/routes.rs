@@ -26,6 +26,8 @@ pub const READY: &str = "/ready";
 pub const READYZ: &str = "/readyz";
 /// Version, build, uptime.
 pub const INFO: &str = "/v1/info";
+/// Counters and histograms for Prometheus.
+pub const METRICS: &str = "/metrics";
 /// Drain and stop.
 pub const SHUTDOWN: &str = "/v1/shutdown";
 /// Post or list jobs.
@@ -72,6 +74,7 @@ pub const QUEEN: &[Route] = &[
     route("GET", READY, "a request sent now would be taken"),
     route("GET", READYZ, "a request sent now would be taken"),
     route("GET", INFO, "version, build, uptime"),
+    route("GET", METRICS, "counters and histograms for Prometheus, under vLLM's names where they mean the same"),
     route("POST", SHUTDOWN, "drain and stop"),
     route("POST", JOBS, "post a job; with `Accept: text/event-stream` its stream is the answer"),
     route("GET", JOBS, "the jobs that are kept"),
