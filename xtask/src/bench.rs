@@ -2,6 +2,7 @@
 //!
 //! For relay and start the programs must be built: `cargo build --release --workspace --bins`.
 
+mod api;
 mod engine;
 mod machine;
 mod relay;
@@ -9,7 +10,7 @@ mod start;
 
 use anyhow::{Result, bail};
 
-const USAGE: &str = "usage: cargo xtask bench relay [--streams N] [--tokens N] [--workers N] [--rounds N] | bench start [--times N] \
+const USAGE: &str = "usage: cargo xtask bench relay [--streams N] [--tokens N] [--workers N] [--rounds N] | bench start [--times N] | bench api [--rounds N] \
      | bench engine [--shape 135m|360m|1.1b] [--quantize FORM] [--kv-type T] [--threads N] [--rounds N]";
 
 /// Runs the bench that the arguments after `bench` name.
@@ -19,6 +20,7 @@ const USAGE: &str = "usage: cargo xtask bench relay [--streams N] [--tokens N] [
 pub fn run(args: &[String]) -> Result<()> {
     match args.split_first() {
         Some((name, rest)) if name == "relay" => relay::run(&relay::Plan::parse(rest)?),
+        Some((name, rest)) if name == "api" => api::run(numbers(rest, [("--rounds", 3)])?[0]),
         Some((name, rest)) if name == "engine" => engine::run(rest),
         Some((name, rest)) if name == "start" => start::run(numbers(rest, [("--times", 7)])?[0]),
         _ => bail!(USAGE),

@@ -23,7 +23,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   fuzz [SECONDS] [TARGET]
                  run every fuzz target, or one, for 5 seconds unless given
   up [WORKERS]   a fleet of simulated workers in a home of its own, until Ctrl-C
-  bench NAME     measure: relay, start, engine
+  bench NAME     measure: relay, start, api, engine
 ";
 
 fn main() -> ExitCode {

@@ -1,7 +1,8 @@
 //! What a simulated worker must say: token i is a hash of the model's seed, the prompt and all tokens before it,
 //! so loss, order, mix-ups and exact continuation can be checked without a second run.
 
-use rbee_engine::sim::{encode, expected_tokens, word};
+pub use rbee_engine::sim::word;
+use rbee_engine::sim::{encode, expected_tokens};
 use rbee_wire::event::Token;
 
 /// The text of the first `count` tokens that a simulated model gives to a prompt.

@@ -38,11 +38,20 @@ const STRAIGHT: usize = 10;
 /// How long a stream may be silent: many steps.
 const SILENCE: Duration = Duration::from_secs(20);
 
+/// What the streams through the queen are asked for by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Surface {
+    /// Jobs of our own.
+    Jobs,
+    /// Chats of the OpenAI dialect; they do not say which worker answers, so there must be one.
+    Chat,
+}
+
 pub(super) struct Plan {
-    streams: usize,
-    tokens: usize,
-    workers: usize,
-    rounds: usize,
+    pub(super) streams: usize,
+    pub(super) tokens: usize,
+    pub(super) workers: usize,
+    pub(super) rounds: usize,
 }
 
 impl Plan {
@@ -56,6 +65,7 @@ impl Plan {
 
 /// One stream to be read.
 struct Talk {
+    surface: Surface,
     address: SocketAddr,
     request: Request,
     prompt: String,
@@ -66,18 +76,20 @@ struct Talk {
 
 /// One stream that was read.
 struct Line {
-    worker: WorkerId,
+    worker: Option<WorkerId>,
     arrivals: Vec<Instant>,
 }
 
-struct Figures {
+pub(super) struct Figures {
     events: usize,
-    cpu_us: f64,
-    bytes: f64,
+    /// Of the queen, per token event.
+    pub(super) cpu_us: f64,
+    /// Of the queen, per stream.
+    pub(super) bytes: f64,
     /// Milliseconds after a step's first straight arrival, p50 and p99.
     straight: [f64; 2],
-    relayed: [f64; 2],
-    foreign: f64,
+    pub(super) relayed: [f64; 2],
+    pub(super) foreign: f64,
 }
 
 pub(super) fn run(plan: &Plan) -> Result<()> {
@@ -96,7 +108,7 @@ pub(super) fn run(plan: &Plan) -> Result<()> {
     );
     println!("|---|---|---|---|---|---|---|---|---|");
     for round in 1..=plan.rounds {
-        let f = measure(plan)?;
+        let f = measure(plan, Surface::Jobs)?;
         let bare = bare_write(plan.streams)?;
         println!(
             "| {round} | {} | {:.1} | {bare:.1} | {:.1} | {:.2} / {:.2} | {:.2} / {:.2} | {:.2} / {:.2} | {:.0} % |",
@@ -115,7 +127,11 @@ pub(super) fn run(plan: &Plan) -> Result<()> {
     Ok(())
 }
 
-fn measure(plan: &Plan) -> Result<Figures> {
+/// One round: a fleet, its streams, and what the queen spent on them.
+///
+/// # Errors
+/// A stream that broke off, or a token that must not be.
+pub(super) fn measure(plan: &Plan, surface: Surface) -> Result<Figures> {
     let cluster = Setup::sim("").env("RBEE_LOG", "warn").env("RBEE_QUEUE_LIMIT", plan.streams).home();
     let started = cluster.rbee(&["queen", "start"]);
     ensure!(started.code == 0, "{}", started.stderr);
@@ -139,8 +155,9 @@ fn measure(plan: &Plan) -> Result<Figures> {
             straight_talks(&workers, &enough).into_iter().map(|talk| tokio::spawn(talk.read())).collect();
         wait_until_booked(cluster.queen(), plan.workers * STRAIGHT).await?;
         let peak = tokio::spawn(peak(queen.clone(), Arc::clone(&enough)));
-        let relayed: Vec<_> =
-            (0..plan.streams).map(|i| tokio::spawn(relayed_talk(cluster.queen, i, plan.tokens).read())).collect();
+        let relayed: Vec<_> = (0..plan.streams)
+            .map(|i| tokio::spawn(relayed_talk(surface, cluster.queen, i, plan.tokens).read()))
+            .collect();
         let relayed = gather(relayed).await?;
         enough.store(true, Ordering::Relaxed);
         anyhow::Ok((relayed, gather(straight).await?, peak.await?))
@@ -217,10 +234,17 @@ fn infer(prompt: &str, tokens: usize) -> Value {
     json!({ "operation": "infer", "prompt": prompt, "max_tokens": tokens, "temperature": 0 })
 }
 
-fn relayed_talk(queen: SocketAddr, number: usize, tokens: usize) -> Talk {
+fn relayed_talk(surface: Surface, queen: SocketAddr, number: usize, tokens: usize) -> Talk {
     let prompt = format!("stream {number} through the queen");
-    let request = post(routes::JOBS, &infer(&prompt, tokens)).header("Accept", "text/event-stream");
-    Talk { address: queen, request, prompt, tokens, enough: Arc::default() }
+    let request = match surface {
+        Surface::Jobs => post(routes::JOBS, &infer(&prompt, tokens)).header("Accept", "text/event-stream"),
+        Surface::Chat => {
+            let messages = json!([{ "role": "user", "content": prompt }]);
+            let chat = json!({ "messages": messages, "max_tokens": tokens, "temperature": 0, "stream": true });
+            post(routes::CHAT_COMPLETIONS, &chat)
+        }
+    };
+    Talk { surface, address: queen, request, prompt, tokens, enough: Arc::default() }
 }
 
 fn straight_talks(workers: &[HandWorker], enough: &Arc<AtomicBool>) -> Vec<Talk> {
@@ -247,7 +271,8 @@ fn straight_talks(workers: &[HandWorker], enough: &Arc<AtomicBool>) -> Vec<Talk>
                 .header("Accept", "text/event-stream")
                 .header("Authorization", &bearer);
             let enough = Arc::clone(enough);
-            talks.push(Talk { address: worker.http.address, request, prompt, tokens: tokens as usize, enough });
+            let (surface, address) = (Surface::Jobs, worker.http.address);
+            talks.push(Talk { surface, address, request, prompt, tokens: tokens as usize, enough });
         }
     }
     talks
@@ -314,6 +339,17 @@ impl Talk {
                     over = true;
                     continue;
                 }
+                if self.surface == Surface::Chat {
+                    let chunk: Value = serde_json::from_slice(&frame.data)?;
+                    ensure!(chunk["error"].is_null(), "{chunk}");
+                    let text = chunk["choices"][0]["delta"]["content"].as_str().filter(|text| !text.is_empty());
+                    if let Some(text) = text {
+                        let word = wanted.get(arrivals.len()).map(|id| sim::word(*id));
+                        ensure!(word.as_deref() == Some(text), "token {} is {text}", arrivals.len());
+                        arrivals.push(now);
+                    }
+                    continue;
+                }
                 match serde_json::from_slice(&frame.data)? {
                     Event::Started(started) => worker = Some(started.worker_id),
                     Event::Token(token) => {
@@ -332,7 +368,8 @@ impl Talk {
             "no end mark; status {:?}",
             parser.head.map(|head| head.status)
         );
-        Ok(Line { worker: worker.context("it never started")?, arrivals })
+        ensure!(worker.is_some() || self.surface == Surface::Chat, "it never started");
+        Ok(Line { worker, arrivals })
     }
 }
 
@@ -342,7 +379,9 @@ fn lateness(straight: &[Line], relayed: &[Line]) -> (Vec<f64>, Vec<f64>) {
     let half_a_step = Duration::from_micros(500_000 / PACE);
     let mut steps: HashMap<&WorkerId, Vec<Instant>> = HashMap::new();
     for line in straight {
-        steps.entry(&line.worker).or_default().extend(&line.arrivals);
+        if let Some(worker) = &line.worker {
+            steps.entry(worker).or_default().extend(&line.arrivals);
+        }
     }
     let mut of_straight = Vec::new();
     for arrivals in steps.values_mut() {
@@ -360,7 +399,9 @@ fn lateness(straight: &[Line], relayed: &[Line]) -> (Vec<f64>, Vec<f64>) {
     }
     let mut of_relayed = Vec::new();
     for line in relayed {
-        let Some(firsts) = steps.get(&line.worker) else { continue };
+        // Who does not say where it came from came from the only worker there is.
+        let own = line.worker.as_ref().map_or_else(|| steps.values().next(), |worker| steps.get(worker));
+        let Some(firsts) = own else { continue };
         for &arrival in &line.arrivals {
             // A token that overtook its step's straight ones counts as negative, not as very late in the step before.
             let next = firsts.partition_point(|&first| first < arrival + half_a_step / 2);
