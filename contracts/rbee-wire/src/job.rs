@@ -441,7 +441,8 @@ pub fn check_infer(map: &Map<String, Value>, found: &mut Vec<Violation>) {
             _ => {}
         }
     }
-    if map.get("top_p").and_then(Value::as_f64) == Some(0.0) {
+    // As the number that it is sent on as.
+    if map.get("top_p").and_then(Value::as_f64).is_some_and(|p| p as f32 == 0.0) {
         found.push(violation("top_p", "must be above 0"));
     }
     for name in ["response_format", "tools", "tool_choice"] {

@@ -384,6 +384,14 @@ mod tests {
             (r#","rope_scaling":{"type":"linear"}"#, "`factor` is missing"),
             (r#","rope_scaling":{"type":"linear","factor":2.0,"attention_factor":0.5}"#, "attention_factor"),
             (r#","rope_scaling":{"type":"longrope","short_factor":[1],"long_factor":[1]}"#, "must be 8 numbers"),
+            (
+                r#","rope_theta":1,"rope_scaling":{"type":"yarn","factor":4.0,"original_max_position_embeddings":4096}"#,
+                "no wavelengths",
+            ),
+            (
+                r#","head_dim":4,"rope_scaling":{"type":"longrope","short_factor":[1.0,1.5],"long_factor":[2.0,4.0],"factor":4.0,"original_max_position_embeddings":1}"#,
+                "no attention factor",
+            ),
             (r#","rope_parameters":[]"#, "an object"),
             (r#","rope_parameters":{"rope_theta":5.0},"rope_scaling":{"type":"linear","factor":2.0}"#, "one of them"),
             (r#","partial_rotary_factor":1.25"#, "partial_rotary_factor"),

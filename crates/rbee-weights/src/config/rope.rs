@@ -125,6 +125,9 @@ pub(super) fn rope(outer: &Reader<'_>, inner: Option<&Reader<'_>>, around: &Arou
                 None => around.max_positions as f64 / original as f64,
             };
             let computed = if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / (original as f64).ln()).sqrt() };
+            if !computed.is_finite() {
+                return Err(Error::corrupt(CONFIG, "longrope of an original length of 1 has no attention factor"));
+            }
             RopeScaling::LongRope {
                 short: factors("short_factor")?,
                 long: factors("long_factor")?,
@@ -175,6 +178,9 @@ fn yarn(
     let dimension =
         |turns: f64| dims as f64 * (original / (turns * 2.0 * std::f64::consts::PI)).ln() / (2.0 * theta.ln());
     let (mut low, mut high) = (dimension(fast), dimension(slow));
+    if !low.is_finite() || !high.is_finite() {
+        return Err(Error::corrupt(CONFIG, "yarn of a `rope_theta` of 1 has no wavelengths"));
+    }
     if inner.flag("truncate", true)? {
         (low, high) = (low.floor(), high.ceil());
     }
