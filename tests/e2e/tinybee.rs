@@ -141,3 +141,18 @@ fn what_is_reserved_for_it_without_measuring_is_enough() {
     assert!(needed <= reserved, "{needed} {reserved}");
     assert!(memory.total <= reserved, "{memory:?} {reserved}");
 }
+
+#[test]
+fn a_prompt_that_no_context_holds_is_refused_at_once_and_takes_no_memory() {
+    let cluster = Setup::real().warm();
+    let text = "bee ".repeat(2 << 20);
+    let worker = cluster.the("llm-worker-rbee");
+    let before = worker.resident();
+    for body in [json!({ "prompt": text }), json!({ "messages": [{ "role": "user", "content": text }] })] {
+        let told = cluster.job(&crate::with(json!({ "operation": "infer" }), body));
+        assert_eq!(told.error().code, rbee_wire::ErrorCode::ContextLengthExceeded);
+    }
+    // Its tokens would take a gigabyte; some copies of the text are taken by whoever passes it on.
+    let taken = worker.resident().saturating_sub(before);
+    assert!(taken < 256 << 20, "{} MiB", taken >> 20);
+}

@@ -42,6 +42,14 @@ pub enum Error {
     /// The text could not be tokenized.
     #[error("cannot tokenize the text: {0}")]
     Encode(String),
+    /// The text cannot fit into the context, however it is cut into tokens.
+    #[error("a text of {bytes} bytes is longer than the context of {context} tokens can be")]
+    TooLong {
+        /// The text's size, template included.
+        bytes: usize,
+        /// Tokens of the context.
+        context: usize,
+    },
     /// A token id that the vocabulary does not have.
     #[error("token id {id} is outside the vocabulary of {vocab}")]
     UnknownId {

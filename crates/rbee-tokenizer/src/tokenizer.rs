@@ -53,7 +53,12 @@ pub struct Tokenizer {
     unknown: Option<TokenId>,
     /// What the post-processor puts before a raw prompt, such as a BOS id.
     prompt_prefix: Vec<TokenId>,
+    /// The context in tokens, and the most bytes that a text within it can have.
+    bound: Option<(usize, usize)>,
 }
+
+/// How many times shorter a normalizer may make a text: a ligature of three bytes becomes a letter of one.
+const SHRINKS: usize = 4;
 
 /// The part of the file that is compared with what the parser made of it.
 #[derive(Deserialize)]
@@ -112,6 +117,7 @@ impl Tokenizer {
             control: Arc::default(),
             guard: Guard::new([])?,
             prompt_prefix,
+            bound: None,
         };
         tokenizer.set_control(control)?;
         Ok(tokenizer)
@@ -132,6 +138,15 @@ impl Tokenizer {
         }
         self.set_control(control)?;
         Ok(self)
+    }
+
+    /// The tokenizer of a model with a context of so many tokens: it refuses a text that would be longer even as the longest
+    /// tokens there are. Making ids takes over a hundred times a text's memory, so that this is found out before.
+    #[must_use]
+    pub fn with_context(mut self, context: usize) -> Tokenizer {
+        let longest = (0..self.vocab_size() as TokenId).map(|id| self.token_bytes(id).len()).max().unwrap_or(0);
+        self.bound = Some((context, context.saturating_mul(longest).saturating_mul(SHRINKS)));
+        self
     }
 
     fn set_control(&mut self, control: HashSet<TokenId>) -> Result<(), Error> {
@@ -247,6 +262,11 @@ impl Tokenizer {
     /// These are the steps of `tokenizers::Tokenizer::encode`, with the sentinel taken out between the
     /// search for added tokens and the model.
     pub(crate) fn encode_guarded(&self, text: &str, sentinel: Option<char>) -> Result<Vec<TokenId>, Error> {
+        if let Some((context, most)) = self.bound
+            && text.len() > most
+        {
+            return Err(Error::TooLong { bytes: text.len(), context });
+        }
         let run = || -> tokenizers::Result<Vec<TokenId>> {
             let mut splits = self.inner.get_added_vocabulary().extract_and_normalize(self.inner.get_normalizer(), text);
             if let Some(sentinel) = sentinel {

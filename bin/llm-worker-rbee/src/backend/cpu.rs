@@ -173,7 +173,9 @@ pub(super) fn load(
     let Parsed { tokenizer, template } = parsed;
     let eos = runner.eos().to_vec();
     let tokenizer = tokenizer.with_control_ids(&eos).map_err(text)?;
-    tokenizer.check_fits(rbee_engine::ModelRunner::limits(&runner).vocab).map_err(text)?;
+    let limits = rbee_engine::ModelRunner::limits(&runner);
+    tokenizer.check_fits(limits.vocab).map_err(text)?;
+    let tokenizer = tokenizer.with_context(limits.context);
     let generation = runner.generation();
     let defaults = SamplingDefaults {
         temperature: generation.temperature,
@@ -202,6 +204,7 @@ struct ModelText {
 fn refused(error: &TextError) -> ErrorBody {
     let code = match error {
         TextError::Template(_) | TextError::TemplateRefused(_) => ErrorCode::TemplateError,
+        TextError::TooLong { .. } => ErrorCode::ContextLengthExceeded,
         _ => ErrorCode::InvalidRequest,
     };
     ErrorBody::new(code, error.to_string())

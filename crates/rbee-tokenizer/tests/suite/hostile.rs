@@ -130,3 +130,26 @@ fn long_monotonous_texts_are_encoded() {
         assert_eq!(tokenizer.decode(&ids, rbee_tokenizer::Controls::Hide), text);
     }
 }
+
+/// Ids take over a hundred times a text's memory: what cannot fit is refused before they are made.
+#[test]
+fn a_text_that_no_context_holds_is_refused_before_it_is_encoded() {
+    let tokenizer = tinybee();
+    let longest = (0..2048).map(|id| tokenizer.token_bytes(id).len()).max().unwrap();
+    let fits = "bee ".repeat(100);
+    let tokenizer = tokenizer.with_context(128);
+    assert!(tokenizer.encode(&fits, Specials::AsText).is_ok());
+    let long = "a".repeat(128 * longest * 4 + 1);
+    for encoded in [tokenizer.encode(&long, Specials::AsText), tokenizer.encode_prompt(&long, Specials::AsControl)] {
+        assert!(matches!(encoded, Err(Error::TooLong { context: 128, .. })));
+    }
+    let messages = [rbee_tokenizer::message("user", &long)];
+    let chat = rbee_tokenizer::Chat {
+        messages: &messages,
+        tools: &[],
+        settings: &serde_json::Map::new(),
+        generation_prompt: rbee_tokenizer::GenerationPrompt::Add,
+        now: 0,
+    };
+    assert!(matches!(tokenizer.encode_chat(&tinybee_template(), &chat), Err(Error::TooLong { .. })));
+}
