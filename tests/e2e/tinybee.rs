@@ -147,12 +147,12 @@ fn a_prompt_that_no_context_holds_is_refused_at_once_and_takes_no_memory() {
     let cluster = Setup::real().warm();
     let text = "bee ".repeat(2 << 20);
     let worker = cluster.the("llm-worker-rbee");
-    let before = worker.resident();
+    let before = worker.peak();
     for body in [json!({ "prompt": text }), json!({ "messages": [{ "role": "user", "content": text }] })] {
         let told = cluster.job(&crate::with(json!({ "operation": "infer" }), body));
         assert_eq!(told.error().code, rbee_wire::ErrorCode::ContextLengthExceeded);
     }
-    // Its tokens would take a gigabyte; some copies of the text are taken by whoever passes it on.
-    let taken = worker.resident().saturating_sub(before);
+    // Its tokens would take a gigabyte for a moment; some copies of the text are taken by whoever passes it on.
+    let taken = worker.peak().saturating_sub(before);
     assert!(taken < 256 << 20, "{} MiB", taken >> 20);
 }

@@ -221,20 +221,16 @@ impl Reader {
 
     fn finish(mut self, prompts: Vec<Value>) -> Result<Asked, ErrorBody> {
         self.job.insert("operation".into(), "infer".into());
+        // Where the prompt or the messages are at fault there is one job without them, so that all else is checked; what it
+        // lacks is known already.
+        let faulty = self.found.iter().any(|wrong| matches!(wrong.field.as_str(), "prompt" | "messages"));
+        let mut asked = vec![self.job.clone()];
+        if !prompts.is_empty() {
+            let with = |prompt| self.job.clone().into_iter().chain([("prompt".to_owned(), prompt)]).collect();
+            asked = prompts.into_iter().map(with).collect();
+        }
         let mut jobs = Vec::new();
-        // With a placeholder where the prompt itself is at fault, so that everything else is checked all the same.
-        let placeholder = self.found.iter().any(|wrong| matches!(wrong.field.as_str(), "prompt" | "messages"));
-        let chat = self.job.contains_key("messages");
-        let prompts = match (prompts.is_empty(), chat, placeholder) {
-            (true, true, _) => vec![Value::Null],
-            (true, false, true) => vec![json!("x")],
-            _ => prompts,
-        };
-        for prompt in prompts {
-            let mut job = self.job.clone();
-            if !prompt.is_null() {
-                job.insert("prompt".into(), prompt);
-            }
+        for job in asked {
             match JobRequest::from_object(job) {
                 Ok(JobRequest::Infer(infer)) => jobs.push(*infer),
                 Ok(_) => {}
@@ -249,7 +245,8 @@ impl Reader {
                         }
                         wrong
                     };
-                    self.found.extend(violations.into_iter().map(renamed));
+                    let news = violations.into_iter().filter(|wrong| !(faulty && wrong.field == "prompt"));
+                    self.found.extend(news.map(renamed));
                     break;
                 }
             }

@@ -83,6 +83,17 @@ impl Process {
             .and_then(|text| text.split_whitespace().nth(1)?.parse::<u64>().ok());
         pages.unwrap_or(0) * rustix::param::page_size() as u64
     }
+
+    /// Most bytes of it that were in memory at once.
+    ///
+    /// # Panics
+    /// When the system does not tell.
+    pub fn peak(&self) -> u64 {
+        let text = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
+        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
+        let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
+        kib.expect("the system tells a process's peak") << 10
+    }
 }
 
 /// User and system time that a process has used.
