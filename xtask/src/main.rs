@@ -1,6 +1,7 @@
 //! Repository chores; each is a subcommand of `cargo xtask`.
 
 mod bench;
+mod cuda;
 mod fuzz;
 mod gen_api;
 mod gen_docs;
@@ -17,13 +18,17 @@ use anyhow::{Context, Result, bail};
 const USAGE: &str = "usage: cargo xtask COMMAND
 
   test           build the programs, then run every test
-  ci             fmt, clippy, tidy, gen --check, test, fuzz
+  ci             fmt, clippy, tidy, gen --check, test, fuzz, cuda check
   tidy           the rules of the repository that no compiler checks
   gen [--check]  write the generated reference and schemas, or say which are stale
   fuzz [SECONDS] [TARGET]
                  run every fuzz target, or one, for 5 seconds unless given
   up [WORKERS]   a fleet of simulated workers in a home of its own, until Ctrl-C
   bench NAME     measure: relay, start, api, engine
+  cuda toolkit   bring NVIDIA's compiler into target/cuda
+  cuda check     compile and lint the GPU's kernels, run their tests
+  cuda pack      one archive that tests and measures them on a machine with a GPU
+  cuda gpu-check the same on this machine
 ";
 
 fn main() -> ExitCode {
@@ -40,6 +45,10 @@ fn main() -> ExitCode {
         ["fuzz", seconds, target] => fuzz::run(&root(), seconds, Some(target)),
         ["up"] => up("2"),
         ["up", workers] => up(workers),
+        ["cuda", "toolkit"] => cuda::toolkit(&root()).map(|home| println!("{}", home.display())),
+        ["cuda", "check"] => cuda::check(&root()),
+        ["cuda", "pack"] => cuda::pack(&root()).map(drop),
+        ["cuda", "gpu-check"] => cuda::gpu_check(&root()),
         ["bench", ..] => bench::run(&args[1..]),
         _ => {
             eprint!("{USAGE}");
@@ -87,7 +96,8 @@ fn ci() -> Result<()> {
     gen_docs::run(&root(), gen_docs::Mode::Check)?;
     test()?;
     fuzz::run(&root(), fuzz::CI_SECONDS, None)?;
-    cargo(&["clippy", "--release", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"])
+    cargo(&["clippy", "--release", "--locked", "--workspace", "--all-targets", "--", "-D", "warnings"])?;
+    cuda::check_if_possible(&root())
 }
 
 /// A fleet to try things on: nothing of it touches the user's own.

@@ -17,6 +17,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("rbee-tokenizer", &[]),
     ("rbee-engine", &[]),
     ("rbee-kernels", &[]),
+    ("rbee-cuda", &[]),
     ("rbee-models", &["rbee-engine", "rbee-kernels", "rbee-weights"]),
     ("rbee-scheduler", &["rbee-wire"]),
     ("rbee-supervisor", &["rbee-wire"]),
@@ -61,13 +62,15 @@ const RESERVED: &[(&str, &[&str])] = &[
     ("axum", &["rbee-service", "queen-rbee", "rbee-hive", "llm-worker-rbee"]),
     ("reqwest", &["rbee-client"]),
     ("candle", &["rbee-kernels", "rbee-models"]),
+    ("cudarc", &["rbee-cuda"]),
 ];
 
 /// Crates that do no IO and read no clock.
 const PURE: &[&str] = &["rbee-wire", "rbee-openai", "rbee-weights", "rbee-tokenizer", "rbee-engine", "rbee-scheduler"];
 
 /// Where child processes may be started.
-const SPAWNS: &[&str] = &["crates/rbee-supervisor/", "crates/rbee-testkit/", "tests/", "xtask/"];
+const SPAWNS: &[&str] =
+    &["crates/rbee-supervisor/", "crates/rbee-testkit/", "tests/", "xtask/", "crates/rbee-cuda/build.rs"];
 
 /// Longest Rust file, in lines.
 const MAX_LINES: usize = 900;

@@ -1,0 +1,362 @@
+//! A GPU, its memory and its one stream.
+
+#![expect(unsafe_code, reason = "the driver's interface is C")]
+
+use std::ffi::{CStr, CString, c_void};
+use std::marker::PhantomData;
+use std::rc::Rc;
+
+use cudarc::driver::result::{self, DriverError};
+use cudarc::driver::sys;
+
+/// The compiled kernels.
+static KERNELS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
+
+/// Oldest compute capability: bf16 in the matrix units.
+const OLDEST: i32 = 8;
+
+/// From this compute capability on kernels can be launched before the work before them is done.
+const EARLY: i32 = 9;
+
+/// What a GPU cannot do, or did not.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no driver on this machine.
+    #[error("this machine has no NVIDIA driver (libcuda.so.1 is not found)")]
+    NoDriver,
+    /// There is no such GPU.
+    #[error("there is no GPU {wanted}: the driver has {count}")]
+    NoDevice {
+        /// The one asked for.
+        wanted: usize,
+        /// How many there are.
+        count: usize,
+    },
+    /// The GPU is too old.
+    #[error("{name} has compute capability {major}.{minor}; 8.0 is needed, for bf16 in its matrix units")]
+    TooOld {
+        /// Its name.
+        name: String,
+        /// Compute capability.
+        major: i32,
+        /// Compute capability.
+        minor: i32,
+    },
+    /// There is not so much memory.
+    #[error("{need} bytes of GPU memory are needed and {free} are free")]
+    OutOfMemory {
+        /// Bytes asked for.
+        need: usize,
+        /// Bytes that were free.
+        free: usize,
+    },
+    /// Values that do not fit each other.
+    #[error("{0}")]
+    Shape(String),
+    /// The driver refused.
+    #[error("{what}: {}", text(*source))]
+    Driver {
+        /// What was attempted.
+        what: &'static str,
+        /// Its answer.
+        source: DriverError,
+    },
+}
+
+fn text(error: DriverError) -> String {
+    fn part(text: Result<&CStr, DriverError>) -> String {
+        text.map_or_else(|_| "unknown".to_owned(), |text| text.to_string_lossy().into_owned())
+    }
+    format!("{} ({})", part(error.error_name()), part(error.error_string()))
+}
+
+fn driver<T>(what: &'static str, answer: Result<T, DriverError>) -> Result<T, Error> {
+    answer.map_err(|source| Error::Driver { what, source })
+}
+
+/// What a GPU's buffers and graphs need to live.
+struct Context {
+    device: sys::CUdevice,
+    stream: sys::CUstream,
+    module: sys::CUmodule,
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        // SAFETY: all three are this value's own, and nothing that used them is left. A driver that fails here is past help.
+        unsafe {
+            let _ = result::stream::destroy(self.stream);
+            let _ = result::module::unload(self.module);
+            let _ = result::primary_ctx::release(self.device);
+        }
+    }
+}
+
+/// One GPU, used from the thread that opened it.
+pub struct Gpu {
+    context: Rc<Context>,
+    name: String,
+    /// Whether a kernel may be launched before the work before it is done.
+    early: bool,
+}
+
+impl Gpu {
+    /// Opens the GPU of this number.
+    ///
+    /// # Errors
+    /// When there is no driver, no such GPU, or it is too old.
+    pub fn open(ordinal: usize) -> Result<Self, Error> {
+        // SAFETY: it looks for the library and does nothing else.
+        if !unsafe { sys::is_culib_present() } {
+            return Err(Error::NoDriver);
+        }
+        driver("start the driver", result::init())?;
+        let count = driver("count GPUs", result::device::get_count())?;
+        let count = usize::try_from(count).unwrap_or(0);
+        let number = i32::try_from(ordinal).ok().filter(|_| ordinal < count);
+        let Some(number) = number else { return Err(Error::NoDevice { wanted: ordinal, count }) };
+        let device = driver("find the GPU", result::device::get(number))?;
+        let name = driver("name the GPU", result::device::get_name(device))?;
+        let fact = |fact| {
+            // SAFETY: the device is one of the driver's.
+            driver("ask the GPU", unsafe { result::device::get_attribute(device, fact) })
+        };
+        let major = fact(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+        let minor = fact(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+        if major < OLDEST {
+            return Err(Error::TooOld { name, major, minor });
+        }
+        // SAFETY: the device is one of the driver's; the context is made current before anything else uses it. The kernels
+        // are nvcc's own output.
+        unsafe {
+            let primary = driver("take the GPU", result::primary_ctx::retain(device))?;
+            driver("use the GPU", result::ctx::set_current(primary))?;
+            let module = driver("load the kernels", result::module::load_data(KERNELS.as_ptr().cast()))?;
+            let stream = driver("make a stream", result::stream::create(result::stream::StreamKind::NonBlocking))?;
+            Ok(Self { context: Rc::new(Context { device, stream, module }), name, early: major >= EARLY })
+        }
+    }
+
+    /// The GPU's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Bytes of memory that are free, and in all.
+    ///
+    /// # Errors
+    /// When the driver does not say.
+    pub fn memory(&self) -> Result<(usize, usize), Error> {
+        driver("measure the GPU's memory", result::mem_get_info())
+    }
+
+    /// Room for so many values, zeroed.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub fn zeroed<T: Copy>(&self, len: usize) -> Result<Buffer<T>, Error> {
+        let bytes = len.saturating_mul(size_of::<T>()).max(1);
+        let (free, _) = self.memory()?;
+        if bytes > free {
+            return Err(Error::OutOfMemory { need: bytes, free });
+        }
+        // SAFETY: the memory is this buffer's own from here on.
+        unsafe {
+            let at = match result::malloc_sync(bytes) {
+                Err(DriverError(sys::CUresult::CUDA_ERROR_OUT_OF_MEMORY)) => {
+                    return Err(Error::OutOfMemory { need: bytes, free });
+                }
+                answer => driver("reserve GPU memory", answer)?,
+            };
+            let buffer = Buffer { at, len, context: Rc::clone(&self.context), values: PhantomData };
+            driver("clear GPU memory", result::memset_d8_async(at, 0, bytes, self.context.stream))?;
+            Ok(buffer)
+        }
+    }
+
+    /// A copy of these values on the GPU.
+    ///
+    /// # Errors
+    /// When there is no memory for it.
+    pub fn upload<T: Copy>(&self, values: &[T]) -> Result<Buffer<T>, Error> {
+        let buffer = self.zeroed(values.len())?;
+        // SAFETY: the buffer has room for all of them, and they stay until the copy is done.
+        unsafe {
+            driver("copy to the GPU", result::memcpy_htod_async(buffer.at, values, self.context.stream))?;
+        }
+        self.wait()?;
+        Ok(buffer)
+    }
+
+    /// The values of a buffer, once all work before is done.
+    ///
+    /// # Errors
+    /// When that work failed.
+    pub fn download<T: Copy + Default>(&self, buffer: &Buffer<T>) -> Result<Vec<T>, Error> {
+        let mut values = vec![T::default(); buffer.len];
+        // SAFETY: there are as many values as the buffer has.
+        unsafe {
+            driver("copy from the GPU", result::memcpy_dtoh_async(&mut values, buffer.at, self.context.stream))?;
+        }
+        self.wait()?;
+        Ok(values)
+    }
+
+    /// Waits until all work is done.
+    ///
+    /// # Errors
+    /// When some of it failed.
+    pub fn wait(&self) -> Result<(), Error> {
+        // SAFETY: the stream is this context's own.
+        driver("compute on the GPU", unsafe { result::stream::synchronize(self.context.stream) })
+    }
+
+    /// Copies the first values of one buffer over all of another.
+    ///
+    /// # Errors
+    /// When there are too few of them, or the driver refuses.
+    pub fn copy<T: Copy>(&self, from: &Buffer<T>, to: &mut Buffer<T>) -> Result<(), Error> {
+        if from.len < to.len {
+            return Err(Error::Shape(format!("{} values are copied over {}", from.len, to.len)));
+        }
+        let bytes = to.len * size_of::<T>();
+        // SAFETY: both have so many bytes.
+        driver("copy on the GPU", unsafe { result::memcpy_dtod_async(to.at, from.at, bytes, self.context.stream) })
+    }
+
+    /// Launches a kernel. `args` point to its arguments.
+    ///
+    /// # Safety
+    /// The arguments are of the kernel's own types, and its buffers as long as it reads and writes.
+    pub(crate) unsafe fn launch(
+        &self,
+        kernel: &str,
+        grid: (u32, u32),
+        threads: u32,
+        args: &mut [*mut c_void],
+    ) -> Result<(), Error> {
+        let name = CString::new(kernel).expect("names of kernels have no zero byte");
+        // SAFETY: the caller's.
+        unsafe {
+            let function = driver("find a kernel", result::module::get_function(self.context.module, name))?;
+            // The kernels wait themselves for the work before them.
+            let mut value: sys::CUlaunchAttributeValue = std::mem::zeroed();
+            value.programmaticStreamSerializationAllowed = 1;
+            let id = sys::CUlaunchAttributeID::CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION;
+            let mut early = sys::CUlaunchAttribute { id, pad: [0; 4], value };
+            let config = sys::CUlaunchConfig {
+                gridDimX: grid.0,
+                gridDimY: grid.1,
+                gridDimZ: 1,
+                blockDimX: threads,
+                blockDimY: 1,
+                blockDimZ: 1,
+                sharedMemBytes: 0,
+                hStream: self.context.stream,
+                attrs: &raw mut early,
+                numAttrs: u32::from(self.early),
+            };
+            let launched = sys::cuLaunchKernelEx(&raw const config, function, args.as_mut_ptr(), std::ptr::null_mut());
+            driver("launch a kernel", launched.result())
+        }
+    }
+
+    /// Records what `work` launches, to be launched again at once.
+    ///
+    /// # Errors
+    /// When the work does something that cannot be recorded, or fails.
+    pub fn record(&self, work: impl FnOnce() -> Result<(), Error>) -> Result<Graph, Error> {
+        let stream = self.context.stream;
+        // SAFETY: the stream is this context's own; the recording is ended whatever the work did.
+        unsafe {
+            let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+            driver("begin a recording", result::stream::begin_capture(stream, mode))?;
+            let done = work();
+            let graph = driver("end a recording", result::stream::end_capture(stream));
+            done?;
+            let graph = graph?;
+            let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
+            let ready = result::graph::instantiate(graph, flags);
+            let _ = result::graph::destroy(graph);
+            Ok(Graph { ready: driver("make a graph", ready)?, context: Rc::clone(&self.context) })
+        }
+    }
+
+    /// Milliseconds that the GPU takes for `work`.
+    ///
+    /// # Errors
+    /// When the work fails.
+    pub fn time(&self, work: impl FnOnce() -> Result<(), Error>) -> Result<f32, Error> {
+        let stream = self.context.stream;
+        let event = || driver("make an event", result::event::create(sys::CUevent_flags::CU_EVENT_DEFAULT));
+        let (before, after) = (event()?, event()?);
+        // SAFETY: stream and events are ours, and both events are recorded before they are compared.
+        unsafe {
+            driver("record an event", result::event::record(before, stream))?;
+            let done = work();
+            driver("record an event", result::event::record(after, stream))?;
+            self.wait()?;
+            let took = driver("compare events", result::event::elapsed(before, after));
+            let _ = (result::event::destroy(before), result::event::destroy(after));
+            done?;
+            took
+        }
+    }
+}
+
+/// Values in a GPU's memory.
+pub struct Buffer<T> {
+    pub(crate) at: sys::CUdeviceptr,
+    len: usize,
+    context: Rc<Context>,
+    values: PhantomData<T>,
+}
+
+impl<T> Buffer<T> {
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+}
+
+impl<T> Drop for Buffer<T> {
+    fn drop(&mut self) {
+        // SAFETY: the memory is this buffer's own; freeing waits for work that uses it.
+        unsafe {
+            let _ = result::stream::synchronize(self.context.stream);
+            let _ = result::free_sync(self.at);
+        }
+    }
+}
+
+/// Recorded launches. The buffers they use must outlive it, which is its keeper's business.
+pub struct Graph {
+    ready: sys::CUgraphExec,
+    context: Rc<Context>,
+}
+
+impl Graph {
+    /// Launches all that was recorded.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    ///
+    /// # Safety
+    /// All buffers that the recorded launches use are still there.
+    pub unsafe fn launch(&self) -> Result<(), Error> {
+        // SAFETY: the graph and the stream are ours; the buffers are the caller's.
+        driver("launch a graph", unsafe { result::graph::launch(self.ready, self.context.stream) })
+    }
+}
+
+impl Drop for Graph {
+    fn drop(&mut self) {
+        // SAFETY: the graph is this value's own.
+        let _ = unsafe { result::graph::exec_destroy(self.ready) };
+    }
+}

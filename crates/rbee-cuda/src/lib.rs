@@ -1,0 +1,17 @@
+//! Kernels for NVIDIA GPUs: `cuda/kernels.cu`, and their typed calls through the driver's own interface.
+//!
+//! Nothing but the driver is needed to run them, and nothing of it is linked: [`Gpu::open`] looks for it and says what is
+//! missing. Without feature `cuda` this crate is empty, and builds without nvcc.
+//!
+//! Invariants
+//! - Shapes are checked before a launch; a kernel is never started on buffers that are too short.
+//! - All work of a [`Gpu`] is in the order of its calls, on one stream.
+//! - Each row's sums have one order, whatever rows are beside it.
+
+#![cfg(feature = "cuda")]
+
+mod gpu;
+mod kernels;
+
+pub use gpu::{Buffer, Error, Gpu, Graph};
+pub use kernels::{Gate, Linear, STEP};
