@@ -8,8 +8,9 @@ cd "$(dirname "$0")"
     echo
     code=0
     ./parity --nocapture 2>&1 || code=$?
+    ./attention --nocapture 2>&1 || code=$?
     echo
-    ./products || code=$?
+    ./decode || code=$?
     echo "$code" >code
 } | tee report.md
 code=$(cat code)

@@ -17,7 +17,7 @@ const PACKAGES: [&str; 5] = [
 ];
 
 /// The test and bench programs that go into the archive.
-const PROGRAMS: [&str; 2] = ["parity", "products"];
+const PROGRAMS: [&str; 3] = ["parity", "attention", "decode"];
 
 /// Largest archive, in bytes.
 const LARGEST: u64 = 60 << 20;
@@ -101,6 +101,7 @@ pub fn pack(root: &Path) -> Result<PathBuf> {
         bail!("the programs do not build");
     }
     let pack = folder(root).join("gpu-check");
+    let _ = std::fs::remove_dir_all(&pack);
     std::fs::create_dir_all(&pack).with_context(|| format!("cannot make {}", pack.display()))?;
     let lines = String::from_utf8(output.stdout).context("cargo's messages")?;
     let messages = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());

@@ -2,6 +2,7 @@
 
 #![expect(unsafe_code, reason = "the driver's interface is C")]
 
+use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_void};
 use std::marker::PhantomData;
 use std::rc::Rc;
@@ -9,8 +10,25 @@ use std::rc::Rc;
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
 
-/// The compiled kernels.
-static KERNELS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/kernels.fatbin"));
+/// The compiled kernels: an image for each source, and what it has.
+static KERNELS: [(&[u8], &[&str]); 2] = [
+    (
+        include_bytes!(concat!(env!("OUT_DIR"), "/kernels")),
+        &["linear_8", "linear_16", "linear_32", "linear_64", "rms_norm", "gate_mul"],
+    ),
+    (
+        include_bytes!(concat!(env!("OUT_DIR"), "/attention")),
+        &[
+            "rope_write",
+            "attention_32",
+            "attention_64",
+            "attention_96",
+            "attention_128",
+            "attention_256",
+            "attention_merge",
+        ],
+    ),
+];
 
 /// Oldest compute capability: bf16 in the matrix units.
 const OLDEST: i32 = 8;
@@ -78,15 +96,17 @@ fn driver<T>(what: &'static str, answer: Result<T, DriverError>) -> Result<T, Er
 struct Context {
     device: sys::CUdevice,
     stream: sys::CUstream,
-    module: sys::CUmodule,
+    modules: Vec<sys::CUmodule>,
 }
 
 impl Drop for Context {
     fn drop(&mut self) {
-        // SAFETY: all three are this value's own, and nothing that used them is left. A driver that fails here is past help.
+        // SAFETY: all of them are this value's own, and nothing that used them is left. A driver that fails here is past help.
         unsafe {
             let _ = result::stream::destroy(self.stream);
-            let _ = result::module::unload(self.module);
+            for module in &self.modules {
+                let _ = result::module::unload(*module);
+            }
             let _ = result::primary_ctx::release(self.device);
         }
     }
@@ -95,6 +115,7 @@ impl Drop for Context {
 /// One GPU, used from the thread that opened it.
 pub struct Gpu {
     context: Rc<Context>,
+    kernels: HashMap<&'static str, sys::CUfunction>,
     name: String,
     /// Whether a kernel may be launched before the work before it is done.
     early: bool,
@@ -131,9 +152,17 @@ impl Gpu {
         unsafe {
             let primary = driver("take the GPU", result::primary_ctx::retain(device))?;
             driver("use the GPU", result::ctx::set_current(primary))?;
-            let module = driver("load the kernels", result::module::load_data(KERNELS.as_ptr().cast()))?;
+            let (mut modules, mut kernels) = (Vec::new(), HashMap::new());
+            for (image, names) in KERNELS {
+                let module = driver("load the kernels", result::module::load_data(image.as_ptr().cast()))?;
+                for name in names {
+                    let c_name = CString::new(*name).expect("names of kernels have no zero byte");
+                    kernels.insert(*name, driver("find a kernel", result::module::get_function(module, c_name))?);
+                }
+                modules.push(module);
+            }
             let stream = driver("make a stream", result::stream::create(result::stream::StreamKind::NonBlocking))?;
-            Ok(Self { context: Rc::new(Context { device, stream, module }), name, early: major >= EARLY })
+            Ok(Self { context: Rc::new(Context { device, stream, modules }), kernels, name, early: major >= EARLY })
         }
     }
 
@@ -235,10 +264,9 @@ impl Gpu {
         threads: u32,
         args: &mut [*mut c_void],
     ) -> Result<(), Error> {
-        let name = CString::new(kernel).expect("names of kernels have no zero byte");
+        let function = *self.kernels.get(kernel).expect("kernels are launched by names of the table");
         // SAFETY: the caller's.
         unsafe {
-            let function = driver("find a kernel", result::module::get_function(self.context.module, name))?;
             // The kernels wait themselves for the work before them.
             let mut value: sys::CUlaunchAttributeValue = std::mem::zeroed();
             value.programmaticStreamSerializationAllowed = 1;

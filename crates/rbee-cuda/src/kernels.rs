@@ -12,7 +12,7 @@ use crate::gpu::{Buffer, Error, Gpu};
 pub const STEP: usize = 32;
 
 /// Threads of most blocks.
-const THREADS: u32 = 256;
+pub(crate) const THREADS: u32 = 256;
 
 /// Threads of a norm's: few elements each, since one block has the whole row.
 const NORM_THREADS: u32 = 1024;
@@ -41,18 +41,23 @@ struct Tile(&'static str, usize, usize);
 const TILES: [Tile; 4] =
     [Tile("linear_8", 8, 16), Tile("linear_16", 16, 16), Tile("linear_32", 32, 32), Tile("linear_64", 64, 16)];
 
-fn int(value: usize) -> Result<i32, Error> {
+pub(crate) fn int(value: usize) -> Result<i32, Error> {
     i32::try_from(value).map_err(|_| Error::Shape(format!("{value} is more than a kernel counts to")))
 }
 
-fn fits(what: &str, have: usize, need: Option<usize>) -> Result<(), Error> {
+/// A size of a grid or a block.
+pub(crate) fn count(value: usize) -> Result<u32, Error> {
+    int(value).map(i32::cast_unsigned)
+}
+
+pub(crate) fn fits(what: &str, have: usize, need: Option<usize>) -> Result<(), Error> {
     match need {
         Some(need) if need <= have => Ok(()),
         _ => Err(Error::Shape(format!("{what} has {have} values, too few for what is asked"))),
     }
 }
 
-fn arg<T>(value: &mut T) -> *mut c_void {
+pub(crate) fn arg<T>(value: &mut T) -> *mut c_void {
     std::ptr::from_mut(value).cast()
 }
 
@@ -108,7 +113,7 @@ impl Linear {
             arg(&mut k),
             arg(&mut adds),
         ];
-        let grid = (int(self.outputs.div_ceil(*wide))?.cast_unsigned(), int(rows.div_ceil(*tile))?.cast_unsigned());
+        let grid = (count(self.outputs.div_ceil(*wide))?, count(rows.div_ceil(*tile))?);
         // SAFETY: the arguments are those of `linear_*`, and the lengths were checked.
         unsafe { gpu.launch(name, grid, THREADS, &mut args) }
     }
@@ -137,7 +142,7 @@ impl Gpu {
         let (mut x, mut weight, mut out) = (x.at, weight.at, out.at);
         let mut args = [arg(&mut x), arg(&mut weight), arg(&mut out), arg(&mut n), arg(&mut eps)];
         // SAFETY: the arguments are those of `rms_norm`, and the lengths were checked.
-        unsafe { self.launch("rms_norm", (int(rows)?.cast_unsigned(), 1), NORM_THREADS, &mut args) }
+        unsafe { self.launch("rms_norm", (count(rows)?, 1), NORM_THREADS, &mut args) }
     }
 
     /// `act(gate) * up` of rows that hold `n` gates and then `n` ups, rounded to bf16: `[rows, 2n]` to `[rows, n]`.
@@ -163,6 +168,6 @@ impl Gpu {
         let (mut x, mut out) = (x.at, out.at);
         let mut args = [arg(&mut x), arg(&mut out), arg(&mut m), arg(&mut n), arg(&mut gelu)];
         // SAFETY: the arguments are those of `gate_mul`, and the lengths were checked.
-        unsafe { self.launch("gate_mul", (int(blocks)?.cast_unsigned(), 1), THREADS, &mut args) }
+        unsafe { self.launch("gate_mul", (count(blocks)?, 1), THREADS, &mut args) }
     }
 }

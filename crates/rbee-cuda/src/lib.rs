@@ -1,4 +1,4 @@
-//! Kernels for NVIDIA GPUs: `cuda/kernels.cu`, and their typed calls through the driver's own interface.
+//! Kernels for NVIDIA GPUs: `cuda/`, and their typed calls through the driver's own interface.
 //!
 //! Nothing but the driver is needed to run them, and nothing of it is linked: [`Gpu::open`] looks for it and says what is
 //! missing. Without feature `cuda` this crate is empty, and builds without nvcc.
@@ -10,8 +10,10 @@
 
 #![cfg(feature = "cuda")]
 
+mod attention;
 mod gpu;
 mod kernels;
 
+pub use attention::{BLOCK, Heads, Kv, Partials, RopeTable, Rows, Scores};
 pub use gpu::{Buffer, Error, Gpu, Graph};
 pub use kernels::{Gate, Linear, STEP};

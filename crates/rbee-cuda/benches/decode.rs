@@ -1,5 +1,5 @@
-//! The matrix products, norms and gates of one decode step of real shapes with random bf16 weights: `cargo xtask cuda gpu-check`.
-//! Attention and sampling are not in it.
+//! One decode step of real shapes with random bf16 weights, from the residual stream to the logits, each sequence at the end of
+//! its context: `cargo xtask cuda gpu-check`. Embedding and sampling are not in it.
 //!
 //! A step is one recording, as a worker would launch it. Batches are measured in turn, round by round; each figure is the
 //! median of the rounds, beside the rate of a copy within the GPU's memory in the same rounds.
@@ -7,13 +7,18 @@
 #![expect(clippy::unwrap_used, reason = "a bench that cannot measure ends")]
 
 use half::bf16;
-use rbee_cuda::{Buffer, Gate, Gpu, Graph, Linear};
+use rbee_cuda::{BLOCK, Buffer, Gate, Gpu, Graph, Heads, Kv, Linear, Partials, RopeTable, Rows, Scores};
 
-/// Sizes of a model: hidden, layers, q + k + v, MLP, vocabulary.
-struct Shape(&'static str, [usize; 5]);
+/// Sizes of a model: hidden, layers, MLP, vocabulary, and its heads.
+struct Shape(&'static str, [usize; 4], Heads);
 
-const SHAPES: [Shape; 2] =
-    [Shape("1.1b", [2048, 22, 2560, 5632, 32_000]), Shape("8b", [4096, 32, 6144, 14_336, 128_256])];
+const SHAPES: [Shape; 2] = [
+    Shape("1.1b", [2048, 22, 5632, 32_000], Heads { queries: 32, kv: 4, dim: 64 }),
+    Shape("8b", [4096, 32, 14_336, 128_256], Heads { queries: 32, kv: 8, dim: 128 }),
+];
+
+/// Positions of each sequence.
+const CONTEXT: usize = 1024;
 
 const BATCHES: [usize; 6] = [1, 2, 8, 16, 32, 64];
 const ROUNDS: usize = 21;
@@ -26,12 +31,17 @@ struct Layer {
     output: Linear,
     gate_up: Linear,
     down: Linear,
+    kv: Kv,
 }
 
 struct Scratch {
     x: Buffer<f32>,
     normed: Buffer<bf16>,
     qkv: Buffer<f32>,
+    q: Buffer<bf16>,
+    partials: Partials,
+    attended: Buffer<bf16>,
+    rope: RopeTable,
     gates: Buffer<f32>,
     gated: Buffer<bf16>,
     logits: Buffer<f32>,
@@ -51,29 +61,35 @@ fn median(mut values: Vec<f32>) -> f64 {
     f64::from(values[values.len() / 2])
 }
 
-fn step(
-    gpu: &Gpu,
-    layers: &[Layer],
-    head: &Linear,
-    norm: &Buffer<f32>,
-    s: &mut Scratch,
-    rows: usize,
+/// One step of a model.
+struct Model {
+    layers: Vec<Layer>,
+    head: Linear,
+    norm: Buffer<f32>,
     mlp: usize,
-) -> Graph {
-    let record = || {
-        for layer in layers {
+}
+
+impl Model {
+    fn record(&mut self, gpu: &Gpu, places: &Rows, s: &mut Scratch, rows: usize) -> Graph {
+        let scores = Scores { scale: 0.1, cap: None, window: None };
+        let (norm, mlp) = (&self.norm, self.mlp);
+        let step = || {
+            for layer in &mut self.layers {
+                gpu.rms_norm(&s.x, norm, 1e-5, &mut s.normed, rows)?;
+                layer.qkv.apply(gpu, &s.normed, &mut s.qkv, rows, false)?;
+                layer.kv.write(gpu, places, &s.rope, &s.qkv, &mut s.q)?;
+                layer.kv.attend(gpu, places, scores, &s.q, &mut s.partials, &mut s.attended)?;
+                layer.output.apply(gpu, &s.attended, &mut s.x, rows, true)?;
+                gpu.rms_norm(&s.x, norm, 1e-5, &mut s.normed, rows)?;
+                layer.gate_up.apply(gpu, &s.normed, &mut s.gates, rows, false)?;
+                gpu.gate_mul(Gate::Silu, &s.gates, &mut s.gated, rows, mlp)?;
+                layer.down.apply(gpu, &s.gated, &mut s.x, rows, true)?;
+            }
             gpu.rms_norm(&s.x, norm, 1e-5, &mut s.normed, rows)?;
-            layer.qkv.apply(gpu, &s.normed, &mut s.qkv, rows, false)?;
-            layer.output.apply(gpu, &s.normed, &mut s.x, rows, true)?;
-            gpu.rms_norm(&s.x, norm, 1e-5, &mut s.normed, rows)?;
-            layer.gate_up.apply(gpu, &s.normed, &mut s.gates, rows, false)?;
-            gpu.gate_mul(Gate::Silu, &s.gates, &mut s.gated, rows, mlp)?;
-            layer.down.apply(gpu, &s.gated, &mut s.x, rows, true)?;
-        }
-        gpu.rms_norm(&s.x, norm, 1e-5, &mut s.normed, rows)?;
-        head.apply(gpu, &s.normed, &mut s.logits, rows, false)
-    };
-    gpu.record(record).unwrap()
+            self.head.apply(gpu, &s.normed, &mut s.logits, rows, false)
+        };
+        gpu.record(step).unwrap()
+    }
 }
 
 #[expect(unsafe_code, reason = "graphs are launched while their buffers live")]
@@ -92,9 +108,10 @@ fn main() {
     };
     let source: Buffer<bf16> = gpu.upload(&noise(COPIED)).unwrap();
     let mut target = gpu.zeroed(COPIED).unwrap();
-    println!("{}; each figure the median of {ROUNDS} rounds\n", gpu.name());
+    println!("{}; contexts of {CONTEXT} tokens; each figure the median of {ROUNDS} rounds\n", gpu.name());
     println!("| shape | batch | ms a step | of copy bandwidth | rows a second over batch 1 |\n|---|---|---|---|---|");
-    for Shape(name, [hidden, layers, qkv, mlp, vocab]) in SHAPES {
+    for Shape(name, [hidden, layers, mlp, vocab], heads) in SHAPES {
+        let (width, qkv) = (heads.queries * heads.dim, (heads.queries + 2 * heads.kv) * heads.dim);
         let mut weights = 0;
         let mut matrix = |outputs: usize, inputs: usize| {
             weights += outputs * inputs;
@@ -102,26 +119,39 @@ fn main() {
             gpu.copy(&source, &mut all).unwrap();
             Linear::new(&gpu, all, None, inputs).unwrap()
         };
-        let all: Vec<Layer> = (0..layers)
+        let most = BATCHES.into_iter().max().unwrap();
+        let layers: Vec<Layer> = (0..layers)
             .map(|_| Layer {
                 qkv: matrix(qkv, hidden),
-                output: matrix(hidden, hidden),
+                output: matrix(hidden, width),
                 gate_up: matrix(2 * mlp, hidden),
                 down: matrix(hidden, mlp),
+                kv: Kv::new(&gpu, heads, most * CONTEXT / BLOCK).unwrap(),
             })
             .collect();
         let head = matrix(vocab, hidden);
         let norm = gpu.upload(&vec![1.0; hidden]).unwrap();
-        let most = BATCHES.into_iter().max().unwrap();
+        let angles = vec![0.6; CONTEXT * heads.dim / 2];
+        let mut model = Model { layers, head, norm, mlp };
         let mut scratch = Scratch {
             x: gpu.upload(&vec![0.5; most * hidden]).unwrap(),
             normed: gpu.zeroed(most * hidden).unwrap(),
             qkv: gpu.zeroed(most * qkv).unwrap(),
+            q: gpu.zeroed(most * width).unwrap(),
+            partials: Partials::new(&gpu, heads, most, CONTEXT).unwrap(),
+            attended: gpu.zeroed(most * width).unwrap(),
+            rope: RopeTable::new(&gpu, &angles, &angles, heads.dim / 2).unwrap(),
             gates: gpu.zeroed(most * 2 * mlp).unwrap(),
             gated: gpu.zeroed(most * mlp).unwrap(),
             logits: gpu.zeroed(most * vocab).unwrap(),
         };
-        let graphs = BATCHES.map(|rows| step(&gpu, &all, &head, &norm, &mut scratch, rows, mlp));
+        let blocks: Vec<u32> = (0..(most * CONTEXT / BLOCK) as u32).collect();
+        let places = BATCHES.map(|rows| {
+            let all = blocks.chunks(CONTEXT / BLOCK).take(rows).map(|blocks| (CONTEXT - 1, blocks));
+            Rows::new(&gpu, &all.collect::<Vec<_>>()).unwrap()
+        });
+        let graphs: Vec<Graph> =
+            BATCHES.iter().zip(&places).map(|(rows, places)| model.record(&gpu, places, &mut scratch, *rows)).collect();
         let mut times = vec![Vec::new(); BATCHES.len()];
         let mut copies = Vec::new();
         for _ in 0..ROUNDS {
@@ -133,10 +163,11 @@ fn main() {
         // A copy reads and writes.
         let rate = 4.0 * COPIED as f64 / median(copies);
         let times: Vec<f64> = times.into_iter().map(median).collect();
+        let kv = model.layers.len() * CONTEXT * 2 * heads.kv * heads.dim;
         for (rows, ms) in BATCHES.into_iter().zip(&times) {
             println!(
                 "| {name} | {rows} | {ms:.3} | {:.2} | {:.1} |",
-                2.0 * weights as f64 / ms / rate,
+                2.0 * (weights + rows * kv) as f64 / ms / rate,
                 rows as f64 * times[0] / ms
             );
         }
