@@ -122,7 +122,7 @@ fn use_template(template: &ChatTemplate) {
         }
         let chat = Chat { messages, tools, settings: &settings, generation_prompt, now: 1_700_000_000 };
         match letters().encode_chat(template, &chat) {
-            Ok(ids) => assert!(ids.iter().all(|id| letters().id_to_token(*id).is_some())),
+            Ok(prompt) => assert!(prompt.ids.iter().all(|id| letters().id_to_token(*id).is_some())),
             Err(Error::Encode(problem)) => unreachable!("every text has letters: {problem}"),
             Err(_) => {}
         }

@@ -74,7 +74,16 @@ fn wrong(field: &Field) -> Vec<String> {
         ]),
         Kind::Tokens => texts(&["[-1]", "1", "[4294967296]"]),
         Kind::Object => texts(&["1", "[]", "\"{}\""]),
-        Kind::Objects => texts(&["1", "[1]", "{}"]),
+        Kind::Tools => texts(&[
+            "1",
+            "{}",
+            "[1]",
+            "[{\"type\":\"retrieval\",\"function\":{\"name\":\"a\"}}]",
+            "[{\"type\":\"function\",\"function\":{\"name\":\"a b\"}}]",
+            "[{\"type\":\"function\",\"function\":{\"name\":\"a\",\"parameters\":\"x\"}}]",
+            "[{\"type\":\"function\",\"function\":{\"name\":\"a\",\"x\":1}}]",
+        ]),
+        Kind::ToolChoice => texts(&["1", "\"required\"", "{\"type\":\"function\"}"]),
         Kind::KeepAlive => texts(&["-2", "\"\"", "[]", "true"]),
         // Only what uses it can tell.
         Kind::Any => texts(if field.name == "device" { &["[]", "{}", "\"gpu\"", "1.5", "-1"] } else { &[] }),
@@ -173,7 +182,7 @@ fn all_violations_come_at_once_and_rules_that_span_fields_hold() {
         (r#""prompt":"a","top_p":0"#, "top_p"),
         (r#""messages":[{"role":"user","content":"b"}],"raw":true"#, "raw"),
         (r#""prompt":"a","tools":[]"#, "tools"),
-        (r#""prompt":"a","tool_choice":"auto""#, "tool_choice"),
+        (r#""prompt":"a","tool_choice":"required""#, "tool_choice"),
         (r#""prompt":"a","response_format":{}"#, "response_format"),
         (r#""prompt":"a","keep_alive":"5m""#, "keep_alive"),
     ] {

@@ -20,6 +20,7 @@ mod sdk;
 mod security;
 mod start;
 mod tinybee;
+mod tools;
 mod verbs;
 
 use rbee_testkit::CANARY;

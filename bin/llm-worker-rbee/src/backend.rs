@@ -6,7 +6,9 @@ mod sim;
 use rbee_engine::{
     Engine, EngineConfig, EngineHandle, ModelRunner, OutputText, Request, Sampling, StepCounter, TokenId,
 };
-use rbee_wire::job::Generation;
+use rbee_tokenizer::AnswerReader;
+use rbee_wire::fields::Violation;
+use rbee_wire::job::{Generation, invalid};
 use rbee_wire::worker::{LoadProgress, WorkerCharge, WorkerMemory};
 use rbee_wire::{ErrorBody, ErrorCode};
 
@@ -56,8 +58,18 @@ pub struct Encoded {
     pub prompt: Vec<TokenId>,
     /// A sentence for a `note` event.
     pub note: Option<String>,
-    /// Whether the answer goes on with the prompt's own text.
-    pub continues: bool,
+    /// What the answer is.
+    pub answer: Answer,
+}
+
+/// What an answer is.
+pub enum Answer {
+    /// More of the prompt's own text.
+    GoesOn,
+    /// A text of its own.
+    Text,
+    /// A text of its own in which there may be reasoning and tool calls.
+    Parts(AnswerReader),
 }
 
 /// Tokens to text and back.
@@ -66,8 +78,8 @@ pub trait TextSide: Send + Sync {
     fn encode(&self, generation: &Generation) -> Result<Encoded, ErrorBody>;
     /// The tokens of a text as it stands.
     fn tokenize(&self, text: &str) -> Result<Vec<TokenId>, ErrorBody>;
-    /// A fresh output with these stop texts.
-    fn output(&self, stop: &[String], continues: bool) -> Result<Box<dyn OutputText>, ErrorBody>;
+    /// A fresh output of such an answer with these stop texts.
+    fn output(&self, stop: &[String], answer: &Answer) -> Result<Box<dyn OutputText>, ErrorBody>;
     /// The text of one token alone.
     fn token_text(&self, id: TokenId) -> String;
     /// Tokens that end a text.
@@ -134,7 +146,7 @@ fn warm_up(engine: &mut Engine, text: &dyn TextSide) -> Result<(), ErrorBody> {
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
         logprobs: None,
         tenant: [0; 16],
-        choices: vec![Choice { text: text.output(&[], false)?, resume: Vec::new() }],
+        choices: vec![Choice { text: text.output(&[], &Answer::Text)?, resume: Vec::new() }],
     };
     let corrupt = |why: &dyn std::fmt::Display| {
         ErrorBody::new(ErrorCode::ModelCorrupt, format!("the model cannot compute one token: {why}"))
@@ -149,4 +161,11 @@ fn warm_up(engine: &mut Engine, text: &dyn TextSide) -> Result<(), ErrorBody> {
         Some((_, Output::Failed(error))) => Err(corrupt(&error)),
         _ => Err(corrupt(&"the engine stopped without an answer")),
     }
+}
+
+/// The refusal of a request with tools, by a model that cannot have any.
+fn no_tools() -> ErrorBody {
+    let problem = "is nothing that this model's chat template has a place for, or its calls are of a kind that this build cannot read";
+    invalid(vec![Violation { field: "tools".into(), problem: problem.into() }])
+        .with_hint("leave `tools` away, or ask a model that was made for them")
 }

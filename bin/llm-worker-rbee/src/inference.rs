@@ -1,14 +1,16 @@
 //! One inference: the wire's request into the engine's, the engine's outputs into the wire's events.
 
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::task::Poll;
 
 use bytes::Bytes;
 use futures::Stream;
-use rbee_engine::{Choice, EngineError, Finish, Output, Overloaded, Request, Sampling, TokenStream};
+use rbee_engine::{CallPart, Choice, EngineError, Finish, Output, Overloaded, Piece, Request, Sampling, TokenStream};
 use rbee_service::random_hex;
 use rbee_wire::event::{
-    ChoiceEnd, Done, Event, FinishReason, NoteLevel, Started, Timings, Token, TokenLogprobs, TopLogprob, Usage,
+    ChoiceEnd, Done, Event, FinishReason, NoteLevel, Started, Timings, Token, TokenLogprobs, ToolCallPart, TopLogprob,
+    Usage,
 };
 use rbee_wire::job::Generation;
 use rbee_wire::worker::InferenceRequest;
@@ -74,7 +76,7 @@ pub fn begin(status: &Status, loaded: Arc<Loaded>, request: InferenceRequest) ->
     };
     let mut outputs = Vec::new();
     for _ in 0..choices {
-        let text = loaded.text.output(&generation.stop, encoded.continues)?;
+        let text = loaded.text.output(&generation.stop, &encoded.answer)?;
         outputs.push(Choice { text, resume: resumed.clone() });
     }
     let logprobs = generation.logprobs.unwrap_or(false).then(|| usize::from(generation.top_logprobs.unwrap_or(0)));
@@ -205,7 +207,7 @@ impl StreamFacts {
                 eta_ms: None,
                 detail: None,
             }],
-            Output::Token { choice, index, id, text, logprobs } => {
+            Output::Token { choice, index, id, piece, logprobs } => {
                 let logprobs = logprobs.map(|logprobs| TokenLogprobs {
                     t: self.loaded.text.token_text(id),
                     logprob: logprobs.chosen,
@@ -215,7 +217,13 @@ impl StreamFacts {
                         .map(|&(id, logprob)| TopLogprob { id, t: self.loaded.text.token_text(id), logprob })
                         .collect(),
                 });
-                vec![Event::Token(Token { i: index as u64, choice, t: text, id, logprobs })]
+                let Piece { text, reasoning, calls } = piece;
+                let part = |CallPart { index, name, arguments }| {
+                    let id = name.is_some().then(|| call_id(&self.job_id, choice, index));
+                    ToolCallPart { index, id, name, arguments }
+                };
+                let tool_calls = calls.into_iter().map(part).collect();
+                vec![Event::Token(Token { i: index as u64, choice, t: text, id, reasoning, tool_calls, logprobs })]
             }
             Output::Done { finish, prompt_tokens, completion_tokens, cached_tokens } => vec![Event::Done(Done {
                 choices: finish.into_iter().map(|finish| ChoiceEnd { finish_reason: reason(finish) }).collect(),
@@ -232,9 +240,24 @@ impl StreamFacts {
     }
 }
 
+/// The id of a call: the same wherever the job is run again, and nine letters and digits, which is what Mistral's templates ask for.
+fn call_id(job: &JobId, choice: u32, index: u32) -> String {
+    const LETTERS: &[u8; 62] = b"0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz";
+    let mut hasher = DefaultHasher::new();
+    (job.as_str(), choice, index).hash(&mut hasher);
+    let mut rest = hasher.finish();
+    let mut letter = || {
+        let letter = LETTERS[(rest % 62) as usize];
+        rest /= 62;
+        char::from(letter)
+    };
+    (0..9).map(|_| letter()).collect()
+}
+
 fn reason(finish: Finish) -> FinishReason {
     match finish {
         Finish::Stop => FinishReason::Stop,
+        Finish::Called => FinishReason::ToolCalls,
         Finish::Length => FinishReason::Length,
         Finish::Cancelled => FinishReason::Cancelled,
     }

@@ -142,6 +142,16 @@ impl Printer {
         self.say(Talk::Normal, "1;33", "warning: ", text);
     }
 
+    /// A model's reasoning, as it comes.
+    pub fn thought(&self, text: &str) {
+        if self.talk < Talk::Normal || text.is_empty() {
+            return;
+        }
+        self.clear_line();
+        let text = printable(text);
+        let _ = if self.color { write!(io::stderr(), "\x1b[2m{text}\x1b[0m") } else { write!(io::stderr(), "{text}") };
+    }
+
     /// Asked for by itself: shown also under `-q`.
     pub fn asked(&self, text: &str) {
         self.say(Talk::Quiet, "", "", text);

@@ -2,7 +2,8 @@
 //!
 //! A request has one part per job; the choices of part p are numbered after those of the parts before it.
 
-use rbee_wire::event::{Done, Event, FinishReason, Started, Token, TokenLogprobs, Usage};
+use rbee_wire::event::{Done, Event, FinishReason, Started, Token, TokenLogprobs, ToolCallPart, Usage};
+use rbee_wire::job::{CalledFunction, ToolCall};
 use rbee_wire::{ErrorBody, ErrorCode};
 use serde::Serialize;
 use serde_json::{Map, Value, json};
@@ -172,6 +173,39 @@ struct Delta<'a> {
     role: Option<&'static str>,
     #[serde(skip_serializing_if = "Option::is_none")]
     content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    reasoning_content: Option<&'a str>,
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    tool_calls: Vec<CallDelta<'a>>,
+}
+
+/// A part of a call; its first part has the id, the type and the name.
+#[derive(Serialize)]
+struct CallDelta<'a> {
+    index: u32,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    id: Option<&'a str>,
+    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
+    kind: Option<&'static str>,
+    function: FunctionDelta<'a>,
+}
+
+#[derive(Serialize)]
+struct FunctionDelta<'a> {
+    #[serde(skip_serializing_if = "Option::is_none")]
+    name: Option<&'a str>,
+    arguments: &'a str,
+}
+
+impl<'a> From<&'a ToolCallPart> for CallDelta<'a> {
+    fn from(part: &'a ToolCallPart) -> Self {
+        Self {
+            index: part.index,
+            id: part.id.as_deref(),
+            kind: part.id.is_some().then_some("function"),
+            function: FunctionDelta { name: part.name.as_deref(), arguments: &part.arguments },
+        }
+    }
 }
 
 #[derive(Serialize)]
@@ -218,7 +252,8 @@ impl Chunks {
     fn token(&mut self, part: usize, token: &Token, out: &mut Vec<u8>) -> Step {
         let index = self.progress.index(part, token.choice as usize);
         self.begin(index, out);
-        if token.t.is_empty() && token.logprobs.is_none() {
+        let silent = token.t.is_empty() && token.reasoning.is_empty() && token.tool_calls.is_empty();
+        if silent && token.logprobs.is_none() {
             return Step::Moving;
         }
         let offset = self.lengths[index];
@@ -227,7 +262,11 @@ impl Chunks {
             Endpoint::Chat => {
                 let logprobs =
                     token.logprobs.as_ref().map(|one| json!({ "content": [chat_logprob(one)], "refusal": null }));
-                let delta = Delta { content: Some(&token.t), ..Delta::default() };
+                let reasoning_content = Some(token.reasoning.as_str()).filter(|text| !text.is_empty());
+                let tool_calls: Vec<CallDelta<'_>> = token.tool_calls.iter().map(CallDelta::from).collect();
+                let alone = reasoning_content.is_none() && tool_calls.is_empty();
+                let content = Some(token.t.as_str()).filter(|text| alone || !text.is_empty());
+                let delta = Delta { role: None, content, reasoning_content, tool_calls };
                 self.write(&[ChatPiece { index, delta, logprobs, finish_reason: None }], out);
             }
             Endpoint::Completions => {
@@ -247,7 +286,7 @@ impl Chunks {
         if std::mem::replace(&mut self.begun[index], true) || self.progress.head.endpoint != Endpoint::Chat {
             return;
         }
-        let delta = Delta { role: Some("assistant"), content: Some("") };
+        let delta = Delta { role: Some("assistant"), content: Some(""), ..Delta::default() };
         self.write(&[ChatPiece { index, delta, logprobs: None, finish_reason: None }], out);
     }
 
@@ -315,10 +354,37 @@ pub fn failure(error: &ErrorBody) -> Vec<u8> {
 #[derive(Clone, Debug, Default)]
 struct Text {
     text: String,
+    reasoning: String,
+    calls: Vec<ToolCall>,
     chars: usize,
     chat_logprobs: Option<Vec<Value>>,
     lists: Option<Lists>,
     finish: Option<&'static str>,
+}
+
+impl Text {
+    fn call(&mut self, part: &ToolCallPart) {
+        if let (Some(id), Some(name)) = (&part.id, &part.name) {
+            let function = CalledFunction { name: name.clone(), arguments: String::new() };
+            self.calls.push(ToolCall { id: id.clone(), kind: "function".into(), function });
+        }
+        if let Some(call) = self.calls.get_mut(part.index as usize) {
+            call.function.arguments.push_str(&part.arguments);
+        }
+    }
+
+    /// A chat's message; without text where it calls and says nothing.
+    fn message(&self) -> Value {
+        let content = Some(&self.text).filter(|text| self.calls.is_empty() || !text.is_empty());
+        let mut message = json!({ "role": "assistant", "content": content, "refusal": null });
+        if !self.reasoning.is_empty() {
+            message["reasoning_content"] = self.reasoning.as_str().into();
+        }
+        if !self.calls.is_empty() {
+            message["tool_calls"] = json!(self.calls);
+        }
+        message
+    }
 }
 
 /// A whole answer.
@@ -348,6 +414,10 @@ impl Whole {
                     }
                 }
                 text.text.push_str(&token.t);
+                text.reasoning.push_str(&token.reasoning);
+                for part in &token.tool_calls {
+                    text.call(part);
+                }
                 text.chars += token.t.chars().count();
                 return Step::Moving;
             }
@@ -373,7 +443,7 @@ impl Whole {
         let choice = |(index, text): (usize, Text)| match progress.head.endpoint {
             Endpoint::Chat => json!({
                 "index": index,
-                "message": { "role": "assistant", "content": text.text, "refusal": null },
+                "message": text.message(),
                 "logprobs": text.chat_logprobs.map(|content| json!({ "content": content, "refusal": null })),
                 "finish_reason": text.finish,
             }),
@@ -423,7 +493,7 @@ mod tests {
     }
 
     fn token(choice: u32, i: u64, t: &str) -> Event {
-        Event::Token(Token { i, choice, t: t.into(), id: 5, logprobs: None })
+        Event::Token(Token { i, choice, t: t.into(), id: 5, ..Token::default() })
     }
 
     fn done(reasons: &[FinishReason]) -> Event {
@@ -486,6 +556,49 @@ mod tests {
     }
 
     #[test]
+    fn reasoning_and_calls_come_in_parts_and_whole() {
+        let part = |index, id: Option<&str>, arguments: &str| {
+            let name = id.map(|_| "f".to_owned());
+            let tool_calls = vec![ToolCallPart { index, id: id.map(Into::into), name, arguments: arguments.into() }];
+            (0, Event::Token(Token { id: 5, tool_calls, ..Token::default() }))
+        };
+        let events = [
+            (0, started()),
+            (0, Event::Token(Token { id: 5, reasoning: "hm".into(), ..Token::default() })),
+            part(0, Some("c0"), ""),
+            part(0, None, "{}"),
+            part(1, Some("c1"), "{\"a\": 1}"),
+            (0, done(&[FinishReason::ToolCalls])),
+        ];
+        let (values, _) = chunks(Endpoint::Chat, &[1], false, &events);
+        let deltas: Vec<_> = values[1..6].iter().map(|chunk| chunk["choices"][0]["delta"].clone()).collect();
+        let call = |index, rest: Value| {
+            let mut call = json!({ "index": index });
+            call.as_object_mut().unwrap().extend(rest.as_object().unwrap().clone());
+            json!({ "tool_calls": [call] })
+        };
+        let want = [
+            json!({ "reasoning_content": "hm" }),
+            call(0, json!({ "id": "c0", "type": "function", "function": { "name": "f", "arguments": "" } })),
+            call(0, json!({ "function": { "arguments": "{}" } })),
+            call(1, json!({ "id": "c1", "type": "function", "function": { "name": "f", "arguments": "{\"a\": 1}" } })),
+            json!({}),
+        ];
+        assert_eq!(deltas, want);
+        assert_eq!(values[5]["choices"][0]["finish_reason"], "tool_calls");
+        let mut whole = Whole::new(head(Endpoint::Chat, &[1]));
+        events.iter().for_each(|(part, event)| drop(whole.take(*part, event)));
+        let function = |arguments: &str| json!({ "name": "f", "arguments": arguments });
+        assert_eq!(
+            whole.into_json()["choices"][0]["message"],
+            json!({ "role": "assistant", "content": null, "refusal": null, "reasoning_content": "hm", "tool_calls": [
+                { "id": "c0", "type": "function", "function": function("{}") },
+                { "id": "c1", "type": "function", "function": function("{\"a\": 1}") },
+            ] })
+        );
+    }
+
+    #[test]
     fn choices_of_several_prompts_are_numbered_through_and_end_once_each() {
         let two = done(&[FinishReason::Length, FinishReason::Stop]);
         let events = [
@@ -538,7 +651,7 @@ mod tests {
                 TopLogprob { id: 6, t: "\u{fffd}".into(), logprob: -1.5 },
             ],
         };
-        let with = Event::Token(Token { i: 0, choice: 0, t: "é".into(), id: 5, logprobs: Some(logprobs) });
+        let with = Event::Token(Token { t: "é".into(), id: 5, logprobs: Some(logprobs), ..Token::default() });
         let events = [started(), with.clone(), with, done(&[FinishReason::Length])];
         let whole = |endpoint| {
             let mut whole = Whole::new(head(endpoint, &[1]));

@@ -70,21 +70,25 @@ const SHARED: &[Field] = &[
 
 /// Fields of `POST /v1/chat/completions` alone.
 const CHAT: &[Field] = &[
-    own("messages", "roles system, developer, user, assistant; content as a text or as parts of type `text`"),
+    own(
+        "messages",
+        "roles system, developer, user, assistant, tool; content as a text or as parts of type `text`; `tool_calls`, \
+         `tool_call_id`, `reasoning_content`",
+    ),
     Field { name: "max_completion_tokens", fate: Fate::Job("max_tokens") },
     job("max_tokens"),
     job("logprobs"),
     job("top_logprobs"),
     job("chat_template_kwargs"),
     refused("response_format", "unless its type is `text`"),
-    refused("tools", "unless empty"),
-    refused("tool_choice", "unless `none` or `auto`"),
+    own("tools", "of type `function`; `strict` is told in `x-rbee-ignored`"),
+    refused("tool_choice", "unless `none` or `auto`, which are honoured"),
+    job("parallel_tool_calls"),
     refused("functions", "unless empty"),
     refused("function_call", "unless `none` or `auto`"),
     refused("modalities", "unless `[\"text\"]`"),
     refused("audio", "always"),
     refused("web_search_options", "always"),
-    ignored("parallel_tool_calls"),
     ignored("safety_identifier"),
     ignored("prompt_cache_key"),
     ignored("prompt_cache_retention"),

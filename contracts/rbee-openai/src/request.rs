@@ -108,6 +108,8 @@ impl Reader {
             Fate::Refused(unless) => {
                 if !asks_for_nothing(name, value, body) {
                     self.wrong(name, format!("is not supported by this build ({unless})"));
+                } else if name == "tool_choice" {
+                    self.job.insert(name.into(), value.clone());
                 }
             }
             Fate::Job(to) => {
@@ -126,6 +128,7 @@ impl Reader {
     fn own(&mut self, name: &'static str, value: &Value) {
         match name {
             "messages" => self.messages(value),
+            "tools" => self.tools(value),
             "seed" => {
                 // The dialect's seeds are signed; as bits they are as good as any.
                 let seed = value.as_i64().map(i64::cast_unsigned).or(value.as_u64());
@@ -170,30 +173,90 @@ impl Reader {
             let Some(message) = message.as_object() else {
                 return self.wrong("messages", format!("must be a list of messages: number {i} is not an object"));
             };
-            let text = match content(message.get("content").unwrap_or(&Value::Null)) {
-                Ok(text) => text,
-                Err(problem) => return self.wrong("messages", format!("message {i}: {problem}")),
+            let list = |name: &str| message.get(name).and_then(Value::as_array).filter(|list| !list.is_empty());
+            let reasoning = message.get("reasoning_content").filter(|value| !value.is_null());
+            let text = match message.get("content") {
+                // An answer of calls alone, as the SDKs send it back.
+                None | Some(Value::Null) if list("tool_calls").is_some() || reasoning.is_some() => String::new(),
+                value => match content(value.unwrap_or(&Value::Null)) {
+                    Ok(text) => text,
+                    Err(problem) => return self.wrong("messages", format!("message {i}: {problem}")),
+                },
             };
+            let role = message.get("role").unwrap_or(&Value::Null);
+            let mut said = json!({ "role": role, "content": text });
             for (name, value) in message {
                 let empty = value.is_null() || value.as_array().is_some_and(Vec::is_empty);
                 match name.as_str() {
                     "role" | "content" => {}
                     // What the SDKs' own answers carry when they are sent back.
                     _ if empty => {}
-                    "tool_calls" | "function_call" | "tool_call_id" => {
+                    "tool_calls" => said["tool_calls"] = self.calls(value),
+                    "tool_call_id" | "reasoning_content" => said[name.as_str()] = value.clone(),
+                    "name" if role == "tool" => said["name"] = value.clone(),
+                    "function_call" => {
                         return self.wrong("messages", format!("message {i}: `{name}` is not supported by this build"));
                     }
-                    _ => {
-                        let name = format!("messages.{}", shown(name));
-                        if !self.ignored.contains(&name) {
-                            self.ignored.push(name);
-                        }
-                    }
+                    _ => self.ignore(format!("messages.{}", shown(name))),
                 }
             }
-            messages.push(json!({ "role": message.get("role").unwrap_or(&Value::Null), "content": text }));
+            messages.push(said);
         }
         self.job.insert("messages".into(), messages.into());
+    }
+
+    /// The calls of an assistant's message, with the fields that count.
+    fn calls(&mut self, value: &Value) -> Value {
+        let Some(calls) = value.as_array() else { return value.clone() };
+        let call = |call: &Value| {
+            let only = |value: &Value, names: &[&str]| match value.as_object() {
+                Some(all) => all.iter().filter(|(name, _)| names.contains(&name.as_str())).map(pair).collect(),
+                None => value.clone(),
+            };
+            let mut kept = only(call, &["id", "type", "function"]);
+            if let Some(function) = call.get("function") {
+                kept["function"] = only(function, &["name", "arguments"]);
+            }
+            kept
+        };
+        calls.iter().map(call).collect()
+    }
+
+    /// Definitions of functions, with the fields that count.
+    fn tools(&mut self, value: &Value) {
+        let Some(tools) = value.as_array() else {
+            return drop(self.job.insert("tools".into(), value.clone()));
+        };
+        if tools.is_empty() {
+            return;
+        }
+        let mut kept = Vec::with_capacity(tools.len());
+        for tool in tools {
+            let (Some(fields), Some(function)) = (tool.as_object(), tool["function"].as_object()) else {
+                kept.push(tool.clone());
+                continue;
+            };
+            let mut own = Map::new();
+            for (name, value) in function.iter().filter(|(_, value)| !value.is_null()) {
+                match name.as_str() {
+                    "name" | "description" | "parameters" => drop(own.insert(name.clone(), value.clone())),
+                    // What is done anyway: nothing is enforced.
+                    "strict" if value == false => {}
+                    _ => self.ignore(format!("tools.function.{}", shown(name))),
+                }
+            }
+            for name in fields.keys().filter(|name| !matches!(name.as_str(), "type" | "function")) {
+                self.ignore(format!("tools.{}", shown(name)));
+            }
+            kept.push(json!({ "type": fields.get("type"), "function": own }));
+        }
+        self.job.insert("tools".into(), kept.into());
+    }
+
+    fn ignore(&mut self, name: String) {
+        if !self.ignored.contains(&name) {
+            self.ignored.push(name);
+        }
     }
 
     fn prompts(&mut self, value: &Value) -> Vec<Value> {
@@ -259,6 +322,10 @@ impl Reader {
     }
 }
 
+fn pair((name, value): (&String, &Value)) -> (String, Value) {
+    (name.clone(), value.clone())
+}
+
 /// The text of a message's content: a text, or parts of type `text`, a line each.
 fn content(value: &Value) -> Result<String, String> {
     let parts = match value {
@@ -289,7 +356,7 @@ fn asks_for_nothing(name: &str, value: &Value, body: &Map<String, Value>) -> boo
         "tool_choice" | "function_call" => value == "none" || value == "auto",
         "modalities" => *value == json!(["text"]),
         "best_of" => value.as_u64() == Some(body.get("n").and_then(Value::as_u64).unwrap_or(1)),
-        "tools" | "functions" | "echo" | "suffix" => empty,
+        "functions" | "echo" | "suffix" => empty,
         _ => false,
     }
 }
@@ -370,11 +437,48 @@ mod tests {
             json!([{ "content": "x" }]),
             json!([{ "role": "user", "content": [{ "type": "image_url", "image_url": { "url": "x" } }] }]),
             json!([{ "role": "assistant", "content": "", "tool_calls": [{ "id": "1" }] }]),
+            json!([{ "role": "assistant", "content": null, "tool_calls": [] }]),
+            json!([{ "role": "assistant", "content": "", "function_call": { "name": "f", "arguments": "{}" } }]),
+            json!([{ "role": "user", "content": "", "tool_call_id": "1" }]),
         ] {
             assert_eq!(texts(wrong.clone()), Err(vec!["messages".into()]), "{wrong}");
         }
         let asked = asked(Endpoint::Chat, &json!({ "messages": [{ "role": "user", "content": "x", "name": "Ada" }] }));
         assert_eq!(asked.unwrap().ignored, ["messages.name"]);
+    }
+
+    #[test]
+    fn tools_and_what_was_called_reach_the_job_and_nothing_of_them_passes_in_silence() {
+        let call =
+            json!({ "id": "c1", "type": "function", "index": 0, "function": { "name": "f", "arguments": "{}" } });
+        let asked = chat(json!({
+            "messages": [
+                { "role": "user", "content": "hi" },
+                { "role": "assistant", "content": null, "tool_calls": [call], "reasoning_content": "hm", "refusal": null },
+                { "role": "tool", "content": [{ "type": "text", "text": "7" }], "tool_call_id": "c1", "name": "f" },
+            ],
+            "tools": [{ "type": "function", "function":
+                { "name": "f", "description": null, "parameters": { "type": "object" }, "strict": true } }],
+            "tool_choice": "auto",
+            "parallel_tool_calls": false,
+        }))
+        .unwrap();
+        let generation = &asked.jobs[0].generation;
+        let messages = serde_json::to_value(generation.messages.as_ref().unwrap()).unwrap();
+        assert_eq!(
+            messages,
+            json!([
+                { "role": "user", "content": "hi" },
+                { "role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls":
+                    [{ "id": "c1", "type": "function", "function": { "name": "f", "arguments": "{}" } }] },
+                { "role": "tool", "content": "7", "tool_call_id": "c1", "name": "f" },
+            ])
+        );
+        let tool = json!({ "type": "function", "function": { "name": "f", "parameters": { "type": "object" } } });
+        assert_eq!(generation.tools, Some(vec![tool]));
+        assert_eq!(generation.parallel_tool_calls, Some(false));
+        assert!(generation.may_call());
+        assert_eq!(asked.ignored, ["tools.function.strict"]);
     }
 
     #[test]
@@ -396,8 +500,10 @@ mod tests {
         assert!(chat(harmless).is_ok());
         for (name, value) in [
             ("response_format", json!({ "type": "json_object" })),
-            ("tools", json!([{ "type": "function", "function": { "name": "f" } }])),
+            ("tools", json!([{ "type": "function", "function": { "name": "a b" } }])),
+            ("tools", json!([{ "type": "custom", "custom": { "name": "f" } }])),
             ("tool_choice", json!("required")),
+            ("tool_choice", json!({ "type": "function", "function": { "name": "f" } })),
             ("audio", json!({})),
         ] {
             assert_eq!(chat(json!({ name: value })), Err(vec![name.to_owned()]));

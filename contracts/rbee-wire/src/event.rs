@@ -109,7 +109,7 @@ pub struct Started {
 }
 
 /// One generated token.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Token {
     /// Position in this choice's output, from 0.
     pub i: u64,
@@ -120,9 +120,31 @@ pub struct Token {
     pub t: String,
     /// The vocabulary entry.
     pub id: u32,
+    /// The model's reasoning that it made certain, where the model's family has it apart from the text.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub reasoning: String,
+    /// Parts of tool calls that it made certain.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCallPart>,
     /// Its log-probability and the likeliest others, when asked for.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub logprobs: Option<TokenLogprobs>,
+}
+
+/// A part of a tool call; the parts of one index make the call.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct ToolCallPart {
+    /// The call's number in its answer, from 0.
+    pub index: u32,
+    /// Names the call in the tool's answer; in its first part, and only there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// The function; in the first part.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+    /// More of the arguments, which together are JSON if the model wrote it well.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub arguments: String,
 }
 
 /// Natural logarithms of probabilities, of the model's own distribution before penalties and temperature.

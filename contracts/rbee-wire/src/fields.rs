@@ -57,8 +57,10 @@ pub enum Kind {
     Tokens,
     /// A JSON object, checked where it is used.
     Object,
-    /// A list of JSON objects, checked where it is used.
-    Objects,
+    /// Definitions of functions.
+    Tools,
+    /// `auto` or `none`.
+    ToolChoice,
     /// Any JSON value, checked where it is used.
     Any,
     /// Milliseconds, seconds or a text like `5m`, as `keep_alive` has it.
@@ -77,6 +79,12 @@ pub struct Violation {
 /// Largest text of a prompt or message, in bytes.
 pub const MAX_TEXT: usize = 16 << 20;
 
+/// Most functions of a request.
+pub const MAX_TOOLS: usize = 256;
+
+/// Most calls of a message.
+const MAX_CALLS: usize = 256;
+
 /// Most messages of a chat.
 pub const MAX_MESSAGES: usize = 4096;
 
@@ -85,11 +93,7 @@ pub fn check(map: &Map<String, Value>, fields: &[Field]) -> Vec<Violation> {
     let mut found = Vec::new();
     for key in map.keys() {
         if !fields.iter().any(|field| field.name == key) {
-            let shown: String = key.chars().take(64).collect();
-            found.push(Violation {
-                field: shown.escape_debug().to_string(),
-                problem: "is not a field of this operation".into(),
-            });
+            found.push(Violation { field: shown(key), problem: "is not a field of this operation".into() });
         }
     }
     for field in fields {
@@ -159,10 +163,11 @@ fn problem(value: &Value, kind: Kind) -> Option<String> {
             (!good).then(|| "must be a list of token ids".into())
         }
         Kind::Object => (!value.is_object()).then(|| "must be an object".into()),
-        Kind::Objects => {
-            let good = value.as_array().is_some_and(|items| items.len() <= 256 && items.iter().all(Value::is_object));
-            (!good).then(|| "must be a list of at most 256 objects".into())
-        }
+        Kind::Tools => tools_problem(value),
+        Kind::ToolChoice => match value.as_str() {
+            Some("auto" | "none") => None,
+            _ => wrong("`auto` or `none`; calls cannot be forced by this build"),
+        },
         Kind::Any => None,
         Kind::KeepAlive => {
             let good = value.as_f64().is_some_and(|seconds| (-1.0..=1e9).contains(&seconds))
@@ -187,15 +192,102 @@ fn messages_problem(value: &Value) -> Option<String> {
         if !matches!(role, Some("system" | "developer" | "user" | "assistant" | "tool")) {
             return Some(format!("message {i}: role must be system, developer, user, assistant or tool"));
         }
-        match message.get("content").and_then(Value::as_str) {
-            Some(text) if text.len() <= MAX_TEXT => {}
-            _ => {
-                return Some(format!("message {i}: content must be a text of at most {MAX_TEXT} bytes"));
+        let text = |name: &str| match message.get(name) {
+            None | Some(Value::Null) => Ok(None),
+            Some(Value::String(text)) if text.len() <= MAX_TEXT => Ok(Some(text)),
+            Some(_) => Err(format!("message {i}: {name} must be a text of at most {MAX_TEXT} bytes")),
+        };
+        for (name, of) in [
+            ("content", None),
+            ("reasoning_content", Some("assistant")),
+            ("tool_call_id", Some("tool")),
+            ("name", None),
+        ] {
+            match (text(name), of) {
+                (Err(problem), _) => return Some(problem),
+                (Ok(None), _) if name == "content" => return Some(format!("message {i}: content is required")),
+                (Ok(Some(_)), Some(of)) if role != Some(of) => {
+                    return Some(format!("message {i}: {name} is for messages of role {of}"));
+                }
+                _ => {}
             }
         }
-        if let Some(other) = message.keys().find(|key| !matches!(key.as_str(), "role" | "content")) {
-            let shown: String = other.chars().take(64).collect();
-            return Some(format!("message {i}: `{}` is not a field of a message", shown.escape_debug()));
+        if let Some(calls) = message.get("tool_calls") {
+            if role != Some("assistant") {
+                return Some(format!("message {i}: tool_calls is for messages of role assistant"));
+            }
+            if let Some(problem) = calls_problem(calls) {
+                return Some(format!("message {i}: {problem}"));
+            }
+        }
+        let known = ["role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name"];
+        if let Some(other) = message.keys().find(|key| !known.contains(&key.as_str())) {
+            return Some(format!("message {i}: `{}` is not a field of a message", shown(other)));
+        }
+    }
+    None
+}
+
+/// A name from outside as it may be shown.
+fn shown(name: &str) -> String {
+    name.chars().take(64).collect::<String>().escape_debug().to_string()
+}
+
+/// Whether a function may have this name.
+fn names_function(value: Option<&Value>) -> bool {
+    let letter = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'_' | b'-' | b'.');
+    value.and_then(Value::as_str).is_some_and(|name| (1..=64).contains(&name.len()) && name.bytes().all(letter))
+}
+
+fn calls_problem(value: &Value) -> Option<String> {
+    let Some(calls) = value.as_array().filter(|calls| calls.len() <= MAX_CALLS) else {
+        return Some(format!("tool_calls must be a list of at most {MAX_CALLS} calls"));
+    };
+    for call in calls {
+        let function = &call["function"];
+        let good = call["id"].as_str().is_some_and(|id| id.len() <= MAX_ID)
+            && call["type"] == "function"
+            && names_function(function.get("name"))
+            && function["arguments"].as_str().is_some_and(|text| text.len() <= MAX_TEXT);
+        if !good {
+            return Some(
+                "each of tool_calls must have an id, the type `function`, and a function's name and arguments".into(),
+            );
+        }
+    }
+    None
+}
+
+fn tools_problem(value: &Value) -> Option<String> {
+    let Some(tools) = value.as_array().filter(|tools| tools.len() <= MAX_TOOLS) else {
+        return Some(format!("must be a list of at most {MAX_TOOLS} tools"));
+    };
+    for (i, tool) in tools.iter().enumerate() {
+        let (Some(tool), "function") = (tool.as_object(), tool["type"].as_str().unwrap_or_default()) else {
+            return Some(format!("tool {i}: must be an object of the type `function`"));
+        };
+        let Some(function) = tool.get("function").and_then(Value::as_object) else {
+            return Some(format!("tool {i}: must have a function, an object"));
+        };
+        let name = function.get("name");
+        if !names_function(name) {
+            return Some(format!("tool {i}: its name must have 1 to 64 letters, digits, `_`, `-` or `.`"));
+        }
+        if tools[..i].iter().any(|other| other["function"].get("name") == name) {
+            return Some(format!("tool {i}: its name stands twice"));
+        }
+        for (key, value) in function.iter().filter(|(_, value)| !value.is_null()) {
+            match key.as_str() {
+                "name" => {}
+                "description" if value.is_string() => {}
+                "parameters" if value.is_object() => {}
+                "description" => return Some(format!("tool {i}: its description must be a text")),
+                "parameters" => return Some(format!("tool {i}: its parameters must be a JSON schema, an object")),
+                _ => return Some(format!("tool {i}: `{}` is not a field of a function", shown(key))),
+            }
+        }
+        if let Some(other) = tool.keys().find(|key| !matches!(key.as_str(), "type" | "function")) {
+            return Some(format!("tool {i}: `{}` is not a field of a tool", shown(other)));
         }
     }
     None

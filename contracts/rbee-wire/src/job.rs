@@ -166,12 +166,52 @@ pub struct WorkerSpawn {
 }
 
 /// One message of a chat.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Message {
     /// `system`, `developer`, `user`, `assistant` or `tool`.
     pub role: String,
     /// Its text; markers of the model's template in it are text, never control.
     pub content: String,
+    /// An assistant's reasoning; whether the model sees it again is its template's affair.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reasoning_content: Option<String>,
+    /// What an assistant called.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub tool_calls: Vec<ToolCall>,
+    /// The call that a tool's message answers.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tool_call_id: Option<String>,
+    /// The tool whose message it is, or who speaks.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub name: Option<String>,
+}
+
+impl Message {
+    /// A message of one role and text.
+    pub fn new(role: impl Into<String>, content: impl Into<String>) -> Self {
+        Self { role: role.into(), content: content.into(), ..Self::default() }
+    }
+}
+
+/// A call of a function by the model.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct ToolCall {
+    /// Its name in the tool's answer.
+    pub id: String,
+    /// `function`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// What was called.
+    pub function: CalledFunction,
+}
+
+/// A function with its arguments.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct CalledFunction {
+    /// Its name.
+    pub name: String,
+    /// JSON, as a text.
+    pub arguments: String,
 }
 
 /// What shapes the generated text; the same for every surface and for the worker.
@@ -237,15 +277,26 @@ pub struct Generation {
     /// Functions the model may call.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tools: Option<Vec<Value>>,
-    /// Which function must be called.
+    /// Whether functions may be called: `auto` or `none`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tool_choice: Option<Value>,
+    /// Whether an answer may have several calls, which is the default.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub parallel_tool_calls: Option<bool>,
     /// Variables for the chat template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chat_template_kwargs: Option<Map<String, Value>>,
     /// No chat template; the default for `prompt`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub raw: Option<bool>,
+}
+
+impl Generation {
+    /// Whether the model is told of functions and may call them.
+    pub fn may_call(&self) -> bool {
+        let none = self.tool_choice.as_ref().is_some_and(|choice| choice == "none");
+        !none && self.tools.as_ref().is_some_and(|tools| !tools.is_empty())
+    }
 }
 
 /// A job that generates text: what to generate, and who may do it.
@@ -445,10 +496,11 @@ pub fn check_infer(map: &Map<String, Value>, found: &mut Vec<Violation>) {
     if map.get("top_p").and_then(Value::as_f64).is_some_and(|p| p as f32 == 0.0) {
         found.push(violation("top_p", "must be above 0"));
     }
-    for name in ["response_format", "tools", "tool_choice"] {
-        if given(name) {
-            found.push(violation(name, "is not supported by this build"));
-        }
+    if given("response_format") {
+        found.push(violation("response_format", "is not supported by this build"));
+    }
+    if given("tools") && !given("messages") {
+        found.push(violation("tools", "needs `messages`"));
     }
     if given("keep_alive") {
         found.push(violation("keep_alive", "is not supported by this build"));
@@ -531,17 +583,28 @@ mod tests {
                         "[{\"role\":\"king\",\"content\":\"\"}]",
                         "[{\"role\":\"user\"}]",
                         "[{\"role\":\"user\",\"content\":\"\",\"x\":1}]",
+                        "[{\"role\":\"user\",\"content\":\"\",\"name\":1}]",
+                        "[{\"role\":\"assistant\",\"content\":\"\",\"tool_calls\":[{}]}]",
+                        "[{\"role\":\"user\",\"content\":\"\",\"tool_calls\":[{\"id\":\"a\",\"type\":\"function\",\"function\":{\"name\":\"f\",\"arguments\":\"\"}}]}]",
+                        "[{\"role\":\"user\",\"content\":\"\",\"tool_call_id\":\"a\"}]",
                     ],
                     Kind::Tokens => &["[-1]", "1"],
                     Kind::Object => &["1", "[]"],
-                    Kind::Objects => &["1", "[1]"],
+                    Kind::Tools => &[
+                        "1",
+                        "[1]",
+                        "[{}]",
+                        "[{\"type\":\"retrieval\",\"function\":{\"name\":\"a\"}}]",
+                        "[{\"type\":\"function\",\"function\":{\"name\":\"a b\"}}]",
+                        "[{\"type\":\"function\",\"function\":{\"name\":\"a\",\"parameters\":1}}]",
+                        "[{\"type\":\"function\",\"function\":{\"name\":\"a\",\"x\":1}}]",
+                        "[{\"type\":\"function\",\"function\":{\"name\":\"a\"}},{\"type\":\"function\",\"function\":{\"name\":\"a\"}}]",
+                    ],
+                    Kind::ToolChoice => &["1", "\"required\"", "{\"type\":\"function\",\"function\":{\"name\":\"a\"}}"],
                     Kind::KeepAlive => &["-2", "\"\"", "[]"],
                     Kind::Any => &["[]"],
                 };
                 for value in wrong {
-                    if field.name == "tool_choice" {
-                        continue;
-                    }
                     let body = format!(r#"{{"operation":"{}","{}":{value}}}"#, row.name, field.name);
                     let refused = fields_refused(&body);
                     assert!(refused.iter().any(|name| name == field.name), "{body}: {refused:?}");
@@ -556,6 +619,7 @@ mod tests {
             r#"{"operation":"status"}"#,
             r#"{"operation":"infer","model":"org/name","prompt":"x","stop":"a","logit_bias":{"5":-1.5},"max_tokens":20,"seed":18446744073709551615}"#,
             r#"{"operation":"infer","messages":[{"role":"user","content":"hi"}],"temperature":null}"#,
+            r#"{"operation":"infer","messages":[{"role":"assistant","content":"","reasoning_content":"r","tool_calls":[{"id":"a","type":"function","function":{"name":"f","arguments":"{}"}}]},{"role":"tool","content":"1","tool_call_id":"a","name":"f"}],"tools":[{"type":"function","function":{"name":"f","description":"d","parameters":{"type":"object"}}}],"tool_choice":"auto","parallel_tool_calls":false}"#,
             r#"{"operation":"worker_spawn","model":"tinybee","worker":"cuda","device":0}"#,
             r#"{"operation":"worker_process_delete","pid":7,"hive_id":"h"}"#,
         ] {

@@ -405,7 +405,7 @@ impl Engine {
                             choice: sequence.choice,
                             index: token.index,
                             id: token.id,
-                            text: token.text,
+                            piece: token.piece,
                             logprobs: token.logprobs,
                         },
                     ));

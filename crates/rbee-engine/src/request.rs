@@ -15,21 +15,61 @@ pub const MAX_EOS: usize = 64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RequestId(pub(crate) u64);
 
-/// Turns the tokens of one choice into text and watches for stop strings.
+/// Turns the tokens of one choice into text, takes it apart and watches for stop strings.
 pub trait OutputText: Send {
-    /// The next token of the output. Text that may yet become part of a character or of a stop string is
+    /// The next token of the output. Text that may yet become part of a character, of a tag or of a stop string is
     /// held back; a stop string itself is never given out.
     fn push(&mut self, id: TokenId) -> Pushed;
-    /// What is still held back, when the output ends without a stop string. Called at most once.
-    fn finish(&mut self) -> String;
+    /// What is still held back, when the output ends without having stopped. Called at most once.
+    fn finish(&mut self) -> Piece;
+    /// Whether the output has a tool call.
+    fn called(&self) -> bool {
+        false
+    }
+}
+
+/// Text that is final, by what it is.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Piece {
+    /// For the reader.
+    pub text: String,
+    /// The model's reasoning.
+    pub reasoning: String,
+    /// Parts of tool calls.
+    pub calls: Vec<CallPart>,
+}
+
+impl Piece {
+    /// A piece of nothing but text.
+    pub fn text(text: String) -> Self {
+        Self { text, ..Self::default() }
+    }
+
+    /// Puts what came next behind it.
+    pub(crate) fn append(&mut self, next: Self) {
+        self.text.push_str(&next.text);
+        self.reasoning.push_str(&next.reasoning);
+        self.calls.extend(next.calls);
+    }
+}
+
+/// A part of a tool call.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct CallPart {
+    /// The call's number in its choice, from 0.
+    pub index: u32,
+    /// The function's name, in the call's first part.
+    pub name: Option<String>,
+    /// More of its arguments.
+    pub arguments: String,
 }
 
 /// The outcome of one pushed token.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Pushed {
-    /// Text that is final.
-    pub text: String,
-    /// Whether a stop string is complete: the choice ends here.
+    /// What is final.
+    pub piece: Piece,
+    /// Whether the choice ends here: a stop string is complete, or a call after which nothing may come.
     pub stopped: bool,
 }
 
@@ -69,6 +109,8 @@ pub struct Request {
 pub enum Finish {
     /// An end-of-sequence id or a stop string.
     Stop,
+    /// As with `Stop`, and there is a tool call in the answer.
+    Called,
     /// As many tokens as were asked for.
     Length,
     /// Cancelled.
@@ -111,9 +153,9 @@ pub enum Output {
         index: usize,
         /// The token; for the last of a choice it may be an end-of-sequence id.
         id: TokenId,
-        /// Text that became final with it; may be empty. The last token of a choice carries all that was
+        /// What became final with it; may be empty. The last token of a choice carries all that was
         /// held back. An end-of-sequence id has no text of its own.
-        text: String,
+        piece: Piece,
         /// Where asked for.
         logprobs: Option<Box<TokenLogprobs>>,
     },

@@ -11,7 +11,7 @@ use std::sync::Arc;
 use crate::error::EngineError;
 use crate::kv::block_pool::{Before, BlockPool, Blocks, Root};
 use crate::logits::History;
-use crate::request::{Finish, OutputText, RequestId, Spec, TokenLogprobs};
+use crate::request::{Finish, OutputText, Piece, Pushed, RequestId, Spec, TokenLogprobs};
 use crate::runner::{BlockId, TokenId};
 use crate::sampling::{Draw, Sampler};
 
@@ -43,7 +43,7 @@ pub(crate) struct Sequence {
 pub(crate) struct Generated {
     pub(crate) id: TokenId,
     pub(crate) index: usize,
-    pub(crate) text: String,
+    pub(crate) piece: Piece,
     pub(crate) logprobs: Option<Box<TokenLogprobs>>,
 }
 
@@ -172,12 +172,12 @@ impl Sequence {
             .sample(row, &spec.sampling, &self.history, masked, draw)
             .map_err(|_| EngineError::BadLogits { choice: self.choice, index })?;
         let logprobs = spec.logprobs.map(|top| Box::new(sampler.logprobs(row, id, top)));
-        let text = self.push(id)?;
-        Ok(Generated { id, index, text, logprobs })
+        let piece = self.push(id)?;
+        Ok(Generated { id, index, piece, logprobs })
     }
 
-    /// Appends an output token, generated or replayed, and returns the text that became final.
-    fn push(&mut self, id: TokenId) -> Result<String, EngineError> {
+    /// Appends an output token, generated or replayed, and returns what became final.
+    fn push(&mut self, id: TokenId) -> Result<Piece, EngineError> {
         self.tokens.push(id);
         self.history.record(id);
         let is_eos = self.spec.eos.contains(&id);
@@ -185,21 +185,23 @@ impl Sequence {
         let text = &mut self.text;
         // The text comes from the request; a fault in it must not take the others along.
         let pushed = catch_unwind(AssertUnwindSafe(|| {
+            let stop = |text: &dyn OutputText| if text.called() { Finish::Called } else { Finish::Stop };
             if is_eos {
-                return (text.finish(), Some(Finish::Stop));
+                let piece = text.finish();
+                return (piece, Some(stop(text.as_ref())));
             }
-            let mut pushed = text.push(id);
-            if pushed.stopped {
-                return (pushed.text, Some(Finish::Stop));
+            let Pushed { mut piece, stopped } = text.push(id);
+            if stopped {
+                return (piece, Some(stop(text.as_ref())));
             }
             if is_last {
-                pushed.text.push_str(&text.finish());
-                return (pushed.text, Some(Finish::Length));
+                piece.append(text.finish());
+                return (piece, Some(Finish::Length));
             }
-            (pushed.text, None)
+            (piece, None)
         }));
-        let (text, finish) = pushed.map_err(|_| EngineError::Internal("output text panicked".into()))?;
+        let (piece, finish) = pushed.map_err(|_| EngineError::Internal("output text panicked".into()))?;
         self.finish = finish;
-        Ok(text)
+        Ok(piece)
     }
 }

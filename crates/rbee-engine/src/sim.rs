@@ -5,7 +5,7 @@
 //! keeps nothing about a sequence but what it wrote into KV blocks, and reads all of it back through the
 //! block table at each step: a wrong table, position or chunk gives wrong tokens or an error.
 
-use crate::request::{OutputText, Pushed};
+use crate::request::{OutputText, Piece, Pushed};
 use crate::runner::{
     BlockId, Logits, LogitsWanted, ModelLimits, ModelRunner, RunnerError, StepBatch, StepCounter, TokenId,
 };
@@ -137,11 +137,11 @@ pub struct SimText;
 
 impl OutputText for SimText {
     fn push(&mut self, id: TokenId) -> Pushed {
-        Pushed { text: word(id), stopped: false }
+        Pushed { piece: Piece::text(word(id)), stopped: false }
     }
 
-    fn finish(&mut self) -> String {
-        String::new()
+    fn finish(&mut self) -> Piece {
+        Piece::default()
     }
 }
 

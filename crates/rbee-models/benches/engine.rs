@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use rbee_engine::runner::{BlockId, Chunk, Logits, LogitsWanted, ModelRunner, Regime, StepBatch};
 use rbee_engine::{
-    Choice, Engine, EngineConfig, Output, OutputText, Pushed, Request, RequestId, Sampling, StepCounter, TokenId,
+    Choice, Engine, EngineConfig, Output, OutputText, Piece, Pushed, Request, RequestId, Sampling, StepCounter, TokenId,
 };
 use rbee_models::{CandleRunner, ModelFiles, RunnerOptions, load};
 use serde_json::{Map, Value, json};
@@ -155,10 +155,10 @@ struct NoText;
 
 impl OutputText for NoText {
     fn push(&mut self, _: TokenId) -> Pushed {
-        Pushed { text: String::new(), stopped: false }
+        Pushed::default()
     }
-    fn finish(&mut self) -> String {
-        String::new()
+    fn finish(&mut self) -> Piece {
+        Piece::default()
     }
 }
 

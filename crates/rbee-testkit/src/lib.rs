@@ -14,6 +14,7 @@ pub mod command;
 pub mod http;
 pub mod port;
 pub mod process;
+pub mod scripted;
 pub mod sim;
 pub mod story;
 pub mod wait;

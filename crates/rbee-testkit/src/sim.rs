@@ -35,7 +35,7 @@ mod tests {
     #[test]
     fn a_lost_repeated_or_foreign_token_is_seen() {
         let tokens = |prompt: &str| -> Vec<Token> {
-            let token = |(i, id)| Token { i, choice: 0, t: word(id), id, logprobs: None };
+            let token = |(i, id)| Token { i, t: word(id), id, ..Token::default() };
             (0..).zip(ids(7, prompt, 10)).map(token).collect()
         };
         let good = tokens("a");

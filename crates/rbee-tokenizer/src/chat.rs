@@ -5,8 +5,8 @@ use std::borrow::Cow;
 use serde_json::{Map, Value};
 
 use crate::guard::Whole;
-use crate::template::ContentShape;
-use crate::{ChatTemplate, Error, GenerationPrompt, Render, TokenId, Tokenizer};
+use crate::template::{ContentShape, ToolsPlace};
+use crate::{Begins, ChatTemplate, Error, GenerationPrompt, Render, TokenId, Tokenizer};
 
 /// Roles that templates compare with constants. Others are refused: a template may write a role into a
 /// control token, as in `<|user|>`.
@@ -50,6 +50,15 @@ pub struct Chat<'c> {
     pub now: i64,
 }
 
+/// A chat as a prompt.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct ChatPrompt {
+    /// Its tokens.
+    pub ids: Vec<TokenId>,
+    /// Where the answer to it begins.
+    pub begins: Begins,
+}
+
 /// A message of one role and text.
 pub fn message(role: &str, content: &str) -> Value {
     serde_json::json!({"role": role, "content": content})
@@ -62,12 +71,16 @@ impl Tokenizer {
     /// # Errors
     /// [`Error::InvalidChat`] for messages that no template takes, [`Error::Template`] and
     /// [`Error::TemplateRefused`] from the template, [`Error::Encode`].
-    pub fn encode_chat(&self, template: &ChatTemplate, chat: &Chat<'_>) -> Result<Vec<TokenId>, Error> {
-        let messages = chat
-            .messages
-            .iter()
-            .map(|message| prepare(message, template.content()))
-            .collect::<Result<Vec<Value>, Error>>()?;
+    pub fn encode_chat(&self, template: &ChatTemplate, chat: &Chat<'_>) -> Result<ChatPrompt, Error> {
+        let mut messages =
+            chat.messages.iter().map(|message| prepare(message, template)).collect::<Result<Vec<Value>, Error>>()?;
+        if !chat.tools.is_empty() {
+            match template.tools() {
+                ToolsPlace::Nowhere => return Err(invalid("the model's chat template has no place for tools")),
+                ToolsPlace::Variable(_) => {}
+                ToolsPlace::SystemMessage => tell_system(&mut messages, chat.tools, template.content()),
+            }
+        }
 
         let mut texts: Vec<&str> = template.sources().collect();
         for value in messages.iter().chain(chat.tools) {
@@ -91,13 +104,14 @@ impl Tokenizer {
             generation_prompt: chat.generation_prompt,
             now: chat.now,
         })?;
-        self.encode_guarded(&prompt, Some(sentinel))
+        let ids = self.encode_guarded(&prompt, Some(sentinel))?;
+        Ok(ChatPrompt { ids, begins: Begins::behind(template, &prompt) })
     }
 }
 
 /// Checks a message and gives it the form that templates expect: content in the template's shape,
 /// tool-call arguments as objects.
-fn prepare(message: &Value, shape: ContentShape) -> Result<Value, Error> {
+fn prepare(message: &Value, template: &ChatTemplate) -> Result<Value, Error> {
     let Value::Object(fields) = message else {
         return Err(invalid("a message is not an object"));
     };
@@ -112,14 +126,13 @@ fn prepare(message: &Value, shape: ContentShape) -> Result<Value, Error> {
         Some(Value::Null) => {}
         Some(content) => {
             let text = content_text(content)?.into_owned();
-            let content = match shape {
-                ContentShape::Text => Value::String(text),
-                ContentShape::Parts => serde_json::json!([{"type": "text", "text": text}]),
-            };
-            fields.insert("content".to_owned(), content);
+            fields.insert("content".to_owned(), template.content().of(text));
         }
     }
     if let Some(Value::Array(calls)) = fields.get_mut("tool_calls") {
+        if !template.writes_calls() {
+            return Err(invalid("the model's chat template has no place for tool calls"));
+        }
         for call in calls {
             if let Some(arguments) = call.pointer_mut("/function/arguments")
                 && let Some(text) = arguments.as_str()
@@ -130,6 +143,16 @@ fn prepare(message: &Value, shape: ContentShape) -> Result<Value, Error> {
         }
     }
     Ok(Value::Object(fields))
+}
+
+/// Writes the functions into the system message, which becomes the first if there is none.
+fn tell_system(messages: &mut Vec<Value>, tools: &[Value], shape: ContentShape) {
+    let functions: Vec<&Value> = tools.iter().map(|tool| tool.get("function").unwrap_or(tool)).collect();
+    let text = serde_json::json!(functions).to_string();
+    if messages.first().is_none_or(|first| first["role"] != "system") {
+        messages.insert(0, serde_json::json!({"role": "system", "content": shape.of(String::new())}));
+    }
+    messages[0]["tools"] = text.into();
 }
 
 /// The text of a content: parts are joined by line ends.

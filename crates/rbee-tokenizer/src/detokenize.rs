@@ -34,6 +34,8 @@ pub struct Detokenizer {
     pieces: Arc<Pieces>,
     control: Arc<ControlSet>,
     controls: Controls,
+    /// Control tokens that appear though others are hidden.
+    shown: Vec<TokenId>,
     /// Leading spaces still to be taken away.
     strip: usize,
     /// Bytes that may still become a character; at most three between calls.
@@ -46,12 +48,18 @@ impl Detokenizer {
             Start::Fresh => pieces.strip(),
             Start::Continues => 0,
         };
-        Detokenizer { pieces, control, controls, strip, pending: Vec::new() }
+        Detokenizer { pieces, control, controls, shown: Vec::new(), strip, pending: Vec::new() }
+    }
+
+    /// Lets these control tokens appear, whatever becomes of the others.
+    #[must_use]
+    pub fn showing(self, ids: &[TokenId]) -> Detokenizer {
+        Detokenizer { shown: ids.to_vec(), ..self }
     }
 
     /// Appends the text that one more token makes certain.
     pub fn push(&mut self, id: TokenId, out: &mut String) {
-        if self.controls == Controls::Hide && self.control.contains(id) {
+        if self.controls == Controls::Hide && self.control.contains(id) && !self.shown.contains(&id) {
             return;
         }
         let mut bytes = self.pieces.get(id);

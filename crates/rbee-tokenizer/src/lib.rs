@@ -11,9 +11,10 @@
 //! - Output text does not depend on how the ids were grouped: [`TextStream`] gives the same text for
 //!   any split, and holds back only what may still change.
 //!
-//! Start with [`Tokenizer`] (text to ids), [`ChatTemplate`] (messages to text) and [`TextStream`]
-//! (ids to text).
+//! Start with [`Tokenizer`] (text to ids), [`ChatTemplate`] (messages to text), [`TextStream`]
+//! (ids to text) and [`AnswerReader`] (text to reasoning, answer and tool calls).
 
+mod answer;
 mod chat;
 mod config;
 mod count;
@@ -26,7 +27,8 @@ mod stream;
 mod template;
 mod tokenizer;
 
-pub use chat::{Chat, message};
+pub use answer::{AnswerForm, AnswerReader, Begins, CallPart, Most, Piece};
+pub use chat::{Chat, ChatPrompt, message};
 pub use config::TokenizerConfig;
 pub use detokenize::{Controls, Detokenizer, Start};
 pub use error::Error;

@@ -71,7 +71,22 @@ pub struct ChatTemplate {
     sources: Vec<String>,
     special_texts: Vec<(String, String)>,
     content: ContentShape,
+    tools: ToolsPlace,
 }
+
+/// Where a template takes the tools from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ToolsPlace {
+    /// It knows none.
+    Nowhere,
+    /// A variable, which most call `tools`.
+    Variable(&'static str),
+    /// `tools` in the system message, as a text of JSON: Phi-4-mini.
+    SystemMessage,
+}
+
+/// Names of variables that hold tools; the first is what transformers passes.
+const TOOL_VARIABLES: [&str; 2] = ["tools", "xml_tools"];
 
 /// What a template does with a message's content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,6 +95,16 @@ pub(crate) enum ContentShape {
     Text,
     /// It only looks into a list of parts.
     Parts,
+}
+
+impl ContentShape {
+    /// A text in this shape.
+    pub(crate) fn of(self, text: String) -> Json {
+        match self {
+            ContentShape::Text => Json::String(text),
+            ContentShape::Parts => serde_json::json!([{"type": "text", "text": text}]),
+        }
+    }
 }
 
 impl ChatTemplate {
@@ -118,8 +143,10 @@ impl ChatTemplate {
             sources,
             special_texts: config.special_texts.clone(),
             content: ContentShape::Text,
+            tools: ToolsPlace::Variable(TOOL_VARIABLES[0]),
         };
         template.content = template.probe();
+        template.tools = template.probe_tools();
         Ok(Some(template))
     }
 
@@ -144,6 +171,12 @@ impl ChatTemplate {
             [] => Value::from(()),
             tools => Value::from(Serde(tools)),
         };
+        if let ToolsPlace::Variable(name) = self.tools
+            && name != TOOL_VARIABLES[0]
+            && !input.tools.is_empty()
+        {
+            context.push((name.to_owned(), tools.clone()));
+        }
         let now = input.now;
         let add = input.generation_prompt == GenerationPrompt::Add;
         context.extend([
@@ -173,6 +206,21 @@ impl ChatTemplate {
         self.sources.iter().map(String::as_str)
     }
 
+    /// Whether tools given to it reach the prompt.
+    pub fn takes_tools(&self) -> bool {
+        self.tools != ToolsPlace::Nowhere
+    }
+
+    /// Where it takes the tools from.
+    pub(crate) fn tools(&self) -> ToolsPlace {
+        self.tools
+    }
+
+    /// Whether it writes the calls of earlier messages.
+    pub(crate) fn writes_calls(&self) -> bool {
+        self.sources.iter().any(|source| source.contains("tool_calls"))
+    }
+
     /// What the template does with a message's content.
     pub(crate) fn content(&self) -> ContentShape {
         self.content
@@ -193,21 +241,39 @@ impl ChatTemplate {
         const MARK: &str = "rbee-probe";
         let text = Json::String(MARK.to_owned());
         let parts = serde_json::json!([{"type": "text", "text": MARK}]);
-        let arrives = |content: &Json| {
-            let message = serde_json::json!({"role": "user", "content": content});
-            self.render(&Render {
-                messages: &[message],
-                tools: &[],
-                settings: &Map::new(),
-                generation_prompt: GenerationPrompt::Omit,
-                now: 0,
-            })
-            .is_ok_and(|prompt| prompt.contains(MARK))
-        };
+        let arrives =
+            |content: &Json| self.writes(MARK, &[serde_json::json!({"role": "user", "content": content})], &[]);
         match !arrives(&text) && arrives(&parts) {
             true => ContentShape::Parts,
             false => ContentShape::Text,
         }
+    }
+
+    /// Asks the template itself: from where do tools arrive in the prompt?
+    fn probe_tools(&mut self) -> ToolsPlace {
+        const MARK: &str = "rbee_probe";
+        let parameters = serde_json::json!({"type": "object", "properties": {}});
+        let function = serde_json::json!({"name": MARK, "description": "Probes.", "parameters": parameters});
+        let tool = serde_json::json!({"type": "function", "function": function});
+        let user = serde_json::json!({"role": "user", "content": self.content.of("a".to_owned())});
+        let system = serde_json::json!({"role": "system", "content": self.content.of("b".to_owned()), "tools": MARK});
+        for name in TOOL_VARIABLES {
+            self.tools = ToolsPlace::Variable(name);
+            if self.writes(MARK, std::slice::from_ref(&user), std::slice::from_ref(&tool)) {
+                return self.tools;
+            }
+        }
+        match self.writes(MARK, &[system, user], &[]) {
+            true => ToolsPlace::SystemMessage,
+            false => ToolsPlace::Nowhere,
+        }
+    }
+
+    /// Whether a mark comes through.
+    fn writes(&self, mark: &str, messages: &[Json], tools: &[Json]) -> bool {
+        let generation_prompt = GenerationPrompt::Add;
+        self.render(&Render { messages, tools, settings: &Map::new(), generation_prompt, now: 0 })
+            .is_ok_and(|prompt| prompt.contains(mark))
     }
 }
 

@@ -2,20 +2,21 @@
 
 use std::path::Path;
 use std::str::FromStr;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rbee_engine::{OutputText, Pushed, StepCounter, TokenId};
+use rbee_engine::{CallPart, OutputText, Piece, Pushed, StepCounter, TokenId};
 use rbee_models::{Error, ModelFiles, Needs, RunnerOptions};
 use rbee_tokenizer::{
-    Chat, ChatTemplate, Controls, Error as TextError, GenerationPrompt, Specials, Start, StopMatcher, TextStream,
-    Tokenizer, TokenizerConfig, message,
+    AnswerForm, AnswerReader, Chat, ChatTemplate, Controls, Error as TextError, GenerationPrompt, Most, Specials,
+    Start, StopMatcher, TextStream, Tokenizer, TokenizerConfig, message,
 };
-use rbee_wire::job::Generation;
+use rbee_wire::job::{Generation, Message};
 use rbee_wire::worker::{LoadOptions, LoadProgress, WorkerCharge, WorkerMemory};
 use rbee_wire::{ErrorBody, ErrorCode, ModelRef};
-use serde_json::Value;
+use serde_json::{Value, json};
 
-use super::{DEFAULT_SLOTS, Encoded, Facts, Parts, SamplingDefaults, TextSide};
+use super::{Answer, DEFAULT_SLOTS, Encoded, Facts, Parts, SamplingDefaults, TextSide};
 
 macro_rules! tinybee {
     ($($name:literal),*) => {
@@ -176,6 +177,7 @@ pub(super) fn load(
     let limits = rbee_engine::ModelRunner::limits(&runner);
     tokenizer.check_fits(limits.vocab).map_err(text)?;
     let tokenizer = tokenizer.with_context(limits.context);
+    let template = template.map(|template| (AnswerForm::of(&template, &tokenizer), template));
     let generation = runner.generation();
     let defaults = SamplingDefaults {
         temperature: generation.temperature,
@@ -196,7 +198,7 @@ pub(super) fn load(
 
 struct ModelText {
     tokenizer: Tokenizer,
-    template: Option<ChatTemplate>,
+    template: Option<(AnswerForm, ChatTemplate)>,
     eos: Vec<TokenId>,
     defaults: SamplingDefaults,
 }
@@ -210,46 +212,98 @@ fn refused(error: &TextError) -> ErrorBody {
     ErrorBody::new(code, error.to_string())
 }
 
+/// A message as templates have it.
+fn for_template(said: &Message) -> Value {
+    let mut value = message(&said.role, &said.content);
+    if let Some(text) = &said.reasoning_content {
+        value["reasoning_content"] = text.as_str().into();
+    }
+    if !said.tool_calls.is_empty() {
+        value["tool_calls"] = json!(said.tool_calls);
+    }
+    for (name, text) in [("tool_call_id", &said.tool_call_id), ("name", &said.name)] {
+        if let Some(text) = text {
+            value[name] = text.as_str().into();
+        }
+    }
+    value
+}
+
+impl ModelText {
+    /// The prompt of a chat, and what takes the answer to it apart.
+    fn chat(
+        &self,
+        (form, template): &(AnswerForm, ChatTemplate),
+        messages: &[Value],
+        generation: &Generation,
+    ) -> Result<Encoded, ErrorBody> {
+        let settings = generation.chat_template_kwargs.clone().unwrap_or_default();
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+        let tools: Arc<[Value]> = match &generation.tools {
+            Some(tools) if generation.may_call() => tools.as_slice().into(),
+            _ => Arc::new([]),
+        };
+        if !tools.is_empty() && !(template.takes_tools() && form.has_calls()) {
+            return Err(super::no_tools());
+        }
+        let chat = Chat {
+            messages,
+            tools: &tools,
+            settings: &settings,
+            generation_prompt: GenerationPrompt::Add,
+            now: i64::try_from(now).unwrap_or(0),
+        };
+        let prompt = self.tokenizer.encode_chat(template, &chat).map_err(|error| refused(&error))?;
+        let most = if generation.parallel_tool_calls == Some(false) { Most::One } else { Most::Any };
+        let answer = if tools.is_empty() && !form.has_reasoning() {
+            Answer::Text
+        } else {
+            Answer::Parts(AnswerReader::new(form, prompt.begins, tools, most))
+        };
+        Ok(Encoded { prompt: prompt.ids, note: None, answer })
+    }
+}
+
 impl TextSide for ModelText {
     fn encode(&self, generation: &Generation) -> Result<Encoded, ErrorBody> {
         let refused = |error: TextError| refused(&error);
         let messages: Vec<Value> = match (&generation.messages, &generation.prompt, generation.raw) {
-            (Some(messages), _, _) => messages.iter().map(|m| message(&m.role, &m.content)).collect(),
+            (Some(messages), _, _) => messages.iter().map(for_template).collect(),
             (None, Some(prompt), Some(false)) => vec![message("user", prompt)],
             (None, prompt, _) => {
                 // Who writes a raw prompt writes the template's own markers.
                 let text = prompt.as_deref().unwrap_or_default();
                 let prompt = self.tokenizer.encode_prompt(text, Specials::AsControl).map_err(refused)?;
-                return Ok(Encoded { prompt, note: None, continues: true });
+                return Ok(Encoded { prompt, note: None, answer: Answer::GoesOn });
             }
         };
         if let Some(template) = &self.template {
-            let settings = generation.chat_template_kwargs.clone().unwrap_or_default();
-            let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
-            let chat = Chat {
-                messages: &messages,
-                tools: &[],
-                settings: &settings,
-                generation_prompt: GenerationPrompt::Add,
-                now: i64::try_from(now).unwrap_or(0),
-            };
-            let prompt = self.tokenizer.encode_chat(template, &chat).map_err(refused)?;
-            return Ok(Encoded { prompt, note: None, continues: false });
+            return self.chat(template, &messages, generation);
+        }
+        if generation.may_call() {
+            return Err(super::no_tools());
         }
         let texts: Vec<&str> = messages.iter().filter_map(|message| message["content"].as_str()).collect();
         let prompt = self.tokenizer.encode_prompt(&texts.join("\n\n"), Specials::AsText).map_err(refused)?;
         let note = "the model has no chat template: the messages' text was sent as it stands".to_owned();
-        Ok(Encoded { prompt, note: Some(note), continues: true })
+        Ok(Encoded { prompt, note: Some(note), answer: Answer::GoesOn })
     }
 
     fn tokenize(&self, text: &str) -> Result<Vec<TokenId>, ErrorBody> {
         self.tokenizer.encode(text, Specials::AsText).map_err(|error| refused(&error))
     }
 
-    fn output(&self, stop: &[String], continues: bool) -> Result<Box<dyn OutputText>, ErrorBody> {
+    fn output(&self, stop: &[String], answer: &Answer) -> Result<Box<dyn OutputText>, ErrorBody> {
         let stops = StopMatcher::new(stop).map_err(|error| refused(&error))?;
-        let start = if continues { Start::Continues } else { Start::Fresh };
-        Ok(Box::new(ModelOutput(TextStream::new(self.tokenizer.detokenizer(Controls::Hide, start), stops))))
+        let start = if matches!(answer, Answer::GoesOn) { Start::Continues } else { Start::Fresh };
+        let detokenizer = self.tokenizer.detokenizer(Controls::Hide, start);
+        let stream = match (answer, &self.template) {
+            (Answer::Parts(reader), Some((form, _))) => {
+                TextStream::new(detokenizer.showing(form.shown()), stops).with_reader(reader.clone())
+            }
+            _ => TextStream::new(detokenizer, stops),
+        };
+        Ok(Box::new(ModelOutput(stream)))
     }
 
     fn token_text(&self, id: TokenId) -> String {
@@ -269,11 +323,21 @@ struct ModelOutput(TextStream);
 
 impl OutputText for ModelOutput {
     fn push(&mut self, id: TokenId) -> Pushed {
-        let rbee_tokenizer::Pushed { text, stopped } = self.0.push(id);
-        Pushed { text, stopped }
+        let rbee_tokenizer::Pushed { piece, stopped } = self.0.push(id);
+        Pushed { piece: in_engine(piece), stopped }
     }
 
-    fn finish(&mut self) -> String {
-        self.0.finish()
+    fn finish(&mut self) -> Piece {
+        in_engine(self.0.finish())
     }
+
+    fn called(&self) -> bool {
+        self.0.called()
+    }
+}
+
+fn in_engine(piece: rbee_tokenizer::Piece) -> Piece {
+    let rbee_tokenizer::Piece { text, reasoning, calls } = piece;
+    let call = |rbee_tokenizer::CallPart { index, name, arguments }| CallPart { index, name, arguments };
+    Piece { text, reasoning, calls: calls.into_iter().map(call).collect() }
 }

@@ -3,13 +3,13 @@
 use std::time::{Duration, Instant};
 
 use rbee_engine::sim::{self, Shape, SimModel, SimRunner, Work};
-use rbee_engine::{OutputText, Pushed, StepCounter, TokenId};
+use rbee_engine::{OutputText, Piece, Pushed, StepCounter, TokenId};
 use rbee_tokenizer::{Scan, StopMatcher};
 use rbee_wire::job::Generation;
 use rbee_wire::worker::{LoadProgress, WorkerCharge, WorkerMemory};
 use rbee_wire::{ErrorBody, ErrorCode};
 
-use super::{Encoded, Facts, Parts, SamplingDefaults, TextSide};
+use super::{Answer, Encoded, Facts, Parts, SamplingDefaults, TextSide};
 use crate::args::{Cli, SimArgs};
 
 const BLOCK: usize = 16;
@@ -81,19 +81,22 @@ struct SimSide {
 impl TextSide for SimSide {
     /// The bytes of the text: of the last message, for a chat, so that a client can tell what comes.
     fn encode(&self, generation: &Generation) -> Result<Encoded, ErrorBody> {
+        if generation.may_call() {
+            return Err(super::no_tools());
+        }
         let text = match (&generation.prompt, &generation.messages) {
             (Some(prompt), _) => prompt.as_str(),
             (None, Some(messages)) => messages.last().map_or("", |message| message.content.as_str()),
             (None, None) => "",
         };
-        Ok(Encoded { prompt: sim::encode(text), note: None, continues: false })
+        Ok(Encoded { prompt: sim::encode(text), note: None, answer: Answer::Text })
     }
 
     fn tokenize(&self, text: &str) -> Result<Vec<TokenId>, ErrorBody> {
         Ok(sim::encode(text))
     }
 
-    fn output(&self, stop: &[String], _: bool) -> Result<Box<dyn OutputText>, ErrorBody> {
+    fn output(&self, stop: &[String], _: &Answer) -> Result<Box<dyn OutputText>, ErrorBody> {
         let stops =
             StopMatcher::new(stop).map_err(|error| ErrorBody::new(ErrorCode::InvalidRequest, error.to_string()))?;
         Ok(Box::new(SimOutput(stops)))
@@ -118,12 +121,12 @@ impl OutputText for SimOutput {
     fn push(&mut self, id: TokenId) -> Pushed {
         let mut text = String::new();
         let scan = self.0.push(&sim::word(id), &mut text);
-        Pushed { text, stopped: scan == Scan::Stopped }
+        Pushed { piece: Piece::text(text), stopped: scan == Scan::Stopped }
     }
 
-    fn finish(&mut self) -> String {
+    fn finish(&mut self) -> Piece {
         let mut text = String::new();
         self.0.finish(&mut text);
-        text
+        Piece::text(text)
     }
 }

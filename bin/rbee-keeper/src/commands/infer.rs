@@ -61,9 +61,8 @@ fn request(model: Option<ModelRef>, prompt: String, args: GenerateArgs) -> JobRe
     let (prompt, messages) = if args.raw {
         (Some(prompt), None)
     } else {
-        let message = |role: &str, content| Message { role: role.into(), content };
-        let system = args.system.map(|text| message("system", text));
-        (None, Some(system.into_iter().chain([message("user", prompt)]).collect()))
+        let system = args.system.map(|text| Message::new("system", text));
+        (None, Some(system.into_iter().chain([Message::new("user", prompt)]).collect()))
     };
     JobRequest::Infer(Box::new(Infer {
         model,
@@ -176,6 +175,7 @@ pub(crate) async fn follow(context: &Context, mut job: Follower<'_>, print: Prin
     let printer = &context.printer;
     let mut out = Text { terminal: printer.stdout_terminal, last: '\n' };
     let mut texts: Vec<String> = Vec::new();
+    let mut thinks = false;
     while let Some(event) = job.next().await? {
         if printer.data == Data::Json {
             let mut line = event.json.to_vec();
@@ -184,6 +184,15 @@ pub(crate) async fn follow(context: &Context, mut job: Follower<'_>, print: Prin
         }
         match event.event {
             Event::Token(token) if printer.data == Data::Text => {
+                if token.choice == 0 {
+                    printer.thought(&token.reasoning);
+                    thinks |= !token.reasoning.is_empty();
+                    if thinks && !token.t.is_empty() {
+                        // The answer begins on a line of its own.
+                        printer.thought("\n\n");
+                        thinks = false;
+                    }
+                }
                 // Several answers would be mixed up: the first is shown as it comes, the others after it.
                 if print.stream == Stream::AsItComes && token.choice == 0 {
                     out.write(&token.t).await?;

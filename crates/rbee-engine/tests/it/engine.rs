@@ -26,7 +26,13 @@ fn an_answer_has_its_events_in_order() {
     let prompt: Vec<TokenId> = (1..=19).collect();
     let got = answer(&mut engine, request(&prompt, 3));
     let tokens = expected_tokens(0, &prompt, 3);
-    let token = |i: usize| Output::Token { choice: 0, index: i, id: tokens[i], text: word(tokens[i]), logprobs: None };
+    let token = |i: usize| Output::Token {
+        choice: 0,
+        index: i,
+        id: tokens[i],
+        piece: Piece::text(word(tokens[i])),
+        logprobs: None,
+    };
     let want = [
         Output::Started { prompt_tokens: 19, cached_tokens: 0 },
         Output::Prefill { done: 8, total: 19 },
@@ -400,8 +406,8 @@ fn text_that_panics_ends_only_its_request() {
         fn push(&mut self, _: TokenId) -> Pushed {
             panic!("broken text")
         }
-        fn finish(&mut self) -> String {
-            String::new()
+        fn finish(&mut self) -> Piece {
+            Piece::default()
         }
     }
     let mut engine = engine(SimModel::default(), 64, CONFIG);

@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use rbee_engine::runner::{Logits, StepBatch};
 use rbee_engine::sim::{SimModel, SimRunner, word};
 use rbee_engine::{
-    Choice, Engine, EngineConfig, ModelLimits, ModelRunner, Output, OutputText, Pushed, Request, RequestId,
+    Choice, Engine, EngineConfig, ModelLimits, ModelRunner, Output, OutputText, Piece, Pushed, Request, RequestId,
     RunnerError, Sampling, StepCounter, TokenId,
 };
 
@@ -64,20 +64,20 @@ impl OutputText for StopText {
     fn push(&mut self, id: TokenId) -> Pushed {
         self.held.push_str(&word(id));
         let Some(stop) = &self.stop else {
-            return Pushed { text: std::mem::take(&mut self.held), stopped: false };
+            return Pushed { piece: Piece::text(std::mem::take(&mut self.held)), stopped: false };
         };
         if let Some(at) = self.held.find(stop) {
             self.held.truncate(at);
-            return Pushed { text: std::mem::take(&mut self.held), stopped: true };
+            return Pushed { piece: Piece::text(std::mem::take(&mut self.held)), stopped: true };
         }
         let from = self.held.len().saturating_sub(stop.len());
         let keep = (from..self.held.len()).find(|at| stop.starts_with(&self.held[*at..]));
         let held = self.held.split_off(keep.unwrap_or(self.held.len()));
-        Pushed { text: std::mem::replace(&mut self.held, held), stopped: false }
+        Pushed { piece: Piece::text(std::mem::replace(&mut self.held, held)), stopped: false }
     }
 
-    fn finish(&mut self) -> String {
-        std::mem::take(&mut self.held)
+    fn finish(&mut self) -> Piece {
+        Piece::text(std::mem::take(&mut self.held))
     }
 }
 
@@ -135,7 +135,7 @@ fn ids(outputs: &[Output], choice: u32) -> Vec<TokenId> {
 
 fn text(outputs: &[Output]) -> String {
     let text = |output: &Output| match output {
-        Output::Token { text, .. } => Some(text.clone()),
+        Output::Token { piece, .. } => Some(piece.text.clone()),
         _ => None,
     };
     outputs.iter().filter_map(text).collect()

@@ -5,7 +5,9 @@
 use std::path::Path;
 
 use proptest::prelude::*;
-use rbee_engine::{Choice, Engine, EngineConfig, Output, OutputText, Pushed, Request, RequestId, Sampling, TokenId};
+use rbee_engine::{
+    Choice, Engine, EngineConfig, Output, OutputText, Piece, Pushed, Request, RequestId, Sampling, TokenId,
+};
 use rbee_models::{KvType, ModelFiles, Quantize, RunnerOptions, inspect};
 
 use crate::families::all;
@@ -33,8 +35,8 @@ impl OutputText for NoText {
     fn push(&mut self, _: TokenId) -> Pushed {
         Pushed::default()
     }
-    fn finish(&mut self) -> String {
-        String::new()
+    fn finish(&mut self) -> Piece {
+        Piece::default()
     }
 }
 

@@ -16,6 +16,7 @@ fn encode_with_tools(tokenizer: &Tokenizer, template: &ChatTemplate, messages: &
             &Chat { messages, tools, settings: &Map::new(), generation_prompt: GenerationPrompt::Add, now: 0 },
         )
         .unwrap()
+        .ids
 }
 
 fn control_ids(tokenizer: &Tokenizer, ids: &[u32]) -> Vec<u32> {

@@ -14,15 +14,15 @@ fn run(tokenizer: &Tokenizer, stops: &[&str], ids: &[u32]) -> (String, bool) {
     let mut stream = stream(tokenizer, stops);
     let mut text = String::new();
     for &id in ids {
-        let Pushed { text: more, stopped } = stream.push(id);
-        text.push_str(&more);
+        let Pushed { piece, stopped } = stream.push(id);
+        text.push_str(&piece.text);
         if stopped {
-            assert_eq!(stream.finish(), "");
-            assert_eq!(stream.push(ids[0]).text, "");
+            assert_eq!(stream.finish().text, "");
+            assert_eq!(stream.push(ids[0]).piece.text, "");
             return (text, true);
         }
     }
-    text.push_str(&stream.finish());
+    text.push_str(&stream.finish().text);
     (text, false)
 }
 
@@ -31,7 +31,7 @@ fn a_character_in_pieces_comes_whole() {
     let tokenizer = byte_level();
     let ids = tokenizer.encode("a👋b", Specials::AsText).unwrap();
     let mut stream = stream(&tokenizer, &[]);
-    let texts: Vec<String> = ids.iter().map(|&id| stream.push(id).text).collect();
+    let texts: Vec<String> = ids.iter().map(|&id| stream.push(id).piece.text).collect();
     assert_eq!(texts, ["a", "", "", "", "👋", "b"]);
 }
 
@@ -40,12 +40,12 @@ fn broken_bytes_are_replaced_as_soon_as_they_are_broken() {
     let tokenizer = sentencepiece();
     let byte = |b: u8| tokenizer.token_to_id(&format!("<0x{b:02X}>")).unwrap();
     let mut stream = stream(&tokenizer, &[]);
-    assert_eq!(stream.push(byte(0xe4)).text, "");
-    assert_eq!(stream.push(byte(0xbd)).text, "");
-    assert_eq!(stream.push(byte(0x41)).text, "\u{fffd}A");
-    assert_eq!(stream.push(byte(0xff)).text, "\u{fffd}");
-    assert_eq!(stream.push(byte(0xf0)).text, "");
-    assert_eq!(stream.finish(), "\u{fffd}");
+    assert_eq!(stream.push(byte(0xe4)).piece.text, "");
+    assert_eq!(stream.push(byte(0xbd)).piece.text, "");
+    assert_eq!(stream.push(byte(0x41)).piece.text, "\u{fffd}A");
+    assert_eq!(stream.push(byte(0xff)).piece.text, "\u{fffd}");
+    assert_eq!(stream.push(byte(0xf0)).piece.text, "");
+    assert_eq!(stream.finish().text, "\u{fffd}");
 }
 
 #[test]
@@ -56,7 +56,7 @@ fn stop_string_split_over_two_tokens_is_never_sent() {
     let mut sent = Vec::new();
     for &id in &ids {
         let pushed = stream.push(id);
-        sent.push(pushed.text);
+        sent.push(pushed.piece.text);
         if pushed.stopped {
             break;
         }
@@ -117,7 +117,7 @@ fn endless_broken_bytes_are_not_kept() {
     let broken = (0..256).find(|&id| tokenizer.token_bytes(id) == [0x80]).unwrap();
     let mut stream = stream(&tokenizer, &[]);
     for _ in 0..200_000 {
-        assert_eq!(stream.push(broken).text, "\u{fffd}");
+        assert_eq!(stream.push(broken).piece.text, "\u{fffd}");
     }
 }
 
@@ -155,10 +155,10 @@ proptest! {
             let mut sent = String::new();
             for (at, &id) in ids.iter().enumerate() {
                 let mut copy = before.clone();
-                let mut rest: String = ids[at..].iter().map(|&id| copy.push(id).text).collect();
-                rest.push_str(&copy.finish());
+                let mut rest: String = ids[at..].iter().map(|&id| copy.push(id).piece.text).collect();
+                rest.push_str(&copy.finish().text);
                 prop_assert_eq!(format!("{sent}{rest}"), text.as_str());
-                sent.push_str(&before.push(id).text);
+                sent.push_str(&before.push(id).piece.text);
             }
         }
     }
