@@ -72,6 +72,7 @@ fn wrong(field: &Field) -> Vec<String> {
             "[{\"role\":\"user\",\"content\":1}]",
             "[{\"role\":\"user\",\"content\":\"\",\"x\":1}]",
         ]),
+        Kind::Inputs => texts(&["[]", "\"a\"", "[1]", "[\"\"]", "[[]]", "[[-1]]", "[{}]"]),
         Kind::Tokens => texts(&["[-1]", "1", "[4294967296]"]),
         Kind::Object => texts(&["1", "[]", "\"{}\""]),
         Kind::Tools => texts(&[

@@ -7,6 +7,7 @@
 
 mod bad_input;
 mod broken_models;
+mod embeddings;
 mod families;
 mod faults;
 mod infer;

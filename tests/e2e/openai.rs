@@ -20,6 +20,7 @@ fn body(endpoint: Endpoint, fields: Value) -> Value {
     let mut body = match endpoint {
         Endpoint::Chat => json!({ "messages": [{ "role": "user", "content": text }], "max_tokens": 3 }),
         Endpoint::Completions => json!({ "prompt": text, "max_tokens": 3 }),
+        Endpoint::Embeddings => json!({ "input": text }),
     };
     body.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
     body
@@ -53,6 +54,9 @@ fn samples(field: &Field) -> (Value, Value) {
         (_, "model") => (with(json!("tinybee")), with(json!(5))),
         (_, "messages") => (with(json!([{ "role": "user", "content": "hi" }])), with(json!([]))),
         (_, "prompt") => (with(json!("hi")), with(json!([1]))),
+        (_, "input") => (with(json!(["a", "b"])), with(json!([]))),
+        (_, "encoding_format") => (with(json!("base64")), with(json!("int8"))),
+        (Fate::Refused("always"), "dimensions") => (with(Value::Null), with(json!(64))),
         (_, "seed") => (with(json!(-5)), with(json!("x"))),
         (_, "logprobs") if field.fate != Fate::Job("logprobs") => (with(json!(1)), with(json!(30))),
         (_, "stream_options") => (with(json!({ "include_usage": true })), with(json!({ "include_usage": 1 }))),
@@ -82,7 +86,7 @@ fn samples(field: &Field) -> (Value, Value) {
 #[test]
 fn every_field_of_the_tables_becomes_what_they_say() {
     let cluster = Setup::sim("").warm();
-    for endpoint in [Endpoint::Chat, Endpoint::Completions] {
+    for endpoint in Endpoint::ALL {
         for field in endpoint.fields() {
             let (good, bad) = samples(field);
             // Its own name beside `max_tokens` would be two numbers for one thing.

@@ -49,9 +49,20 @@ fn everything_the_sdks_offer_is_answered_or_refused_by_name() {
     let cluster = Setup::real().warm();
     for sdk in sdks() {
         let cases: &[&str] = if sdk.is_python() {
-            &["chat", "stream", "choices", "parameters", "logprobs", "completions", "errors", "ignored", "models"]
+            &[
+                "chat",
+                "stream",
+                "choices",
+                "parameters",
+                "logprobs",
+                "completions",
+                "embeddings",
+                "errors",
+                "ignored",
+                "models",
+            ]
         } else {
-            &["chat", "stream", "completions", "errors", "ignored", "models"]
+            &["chat", "stream", "completions", "embeddings", "errors", "ignored", "models"]
         };
         let said = sdk.cmd(&cluster, cases).run().exits(0).stdout;
         assert_eq!(said.lines().count(), cases.len(), "{}: {said}", sdk.name);

@@ -92,6 +92,16 @@ const suite = {
       await assert.rejects(client.chat.completions.create({ ...SURE, [name]: value }), (error) => error.status === 400 && error.param === name);
     }
   },
+  async embeddings() {
+    // Asked for as base64 by the SDK itself.
+    const { data, usage } = await client.embeddings.create({ model: "tinybee", input: ["Bees make honey.", "A fox ran."] });
+    const length = (vector) => Math.sqrt(vector.reduce((sum, value) => sum + value * value, 0));
+    assert.ok(Math.abs(length(data[0].embedding) - 1) < 1e-4 && usage.prompt_tokens > 4);
+    const asked = { model: "tinybee", input: "Bees make honey.", encoding_format: "float" };
+    const floats = (await client.embeddings.create(asked)).data[0].embedding;
+    assert.deepEqual(Array.from(data[0].embedding), Array.from(Float32Array.from(floats)));
+    assert.notDeepEqual(data[1].embedding, data[0].embedding);
+  },
   async ignored() {
     const { response } = await client.chat.completions.create({ ...SURE, user: "me", zzz: 1 }).withResponse();
     assert.equal(response.headers.get("x-rbee-ignored"), "user, zzz");

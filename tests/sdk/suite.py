@@ -209,8 +209,28 @@ def errors():
         assert error.param == name and name in error.message, error.body
     picture = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:image/png;base64,AA"}}]}]
     assert raised(openai.BadRequestError, lambda: create(model="tinybee", messages=picture)).param == "messages"
-    error = raised(openai.APIStatusError, lambda: client.embeddings.create(model="tinybee", input="x"))
-    assert error.status_code == 404, error
+
+
+def embeddings():
+    create = client.embeddings.create
+    # Asked for as base64 by the SDK itself.
+    answer = create(model="tinybee", input=["Bees make honey.", "A fox ran.", "Bees make honey."])
+    first, other, again = (item.embedding for item in answer.data)
+    assert [item.index for item in answer.data] == [0, 1, 2] and answer.model == "tinybee" and answer.object == "list"
+    assert first == again and first != other and len(first) > 32
+    assert abs(sum(value * value for value in first) - 1) < 1e-4
+    assert answer.usage.prompt_tokens == answer.usage.total_tokens > 6
+    floats = create(model="tinybee", input="Bees make honey.", encoding_format="float").data[0].embedding
+    assert floats == first, "both ways of writing a vector are the same vector"
+    tokens = create(model="tinybee", input=[[5, 6, 7], [5, 6, 8]])
+    assert len(tokens.data) == 2 and tokens.usage.prompt_tokens == 6
+    many = create(model="tinybee", input=["bee"] * 100)
+    assert len(many.data) == 100 and [item.index for item in many.data] == list(range(100))
+    error = raised(openai.BadRequestError, lambda: create(model="tinybee", input="x", dimensions=3))
+    assert error.param == "dimensions", error.body
+    error = raised(openai.BadRequestError, lambda: create(model="tinybee", input=["fine", "bee " * 4000]))
+    assert error.code == "context_length_exceeded", error.body
+    assert raised(openai.NotFoundError, lambda: create(model="none", input="x")).code == "model_not_found"
 
 
 def ignored():

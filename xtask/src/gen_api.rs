@@ -27,7 +27,7 @@ pub fn page() -> String {
          - A client that leaves cancels its answer, streamed or not.\n\
          - `system_fingerprint` is release, build, weights and numerics id: two answers that share it came from the same arithmetic.\n",
     );
-    for endpoint in [Endpoint::Chat, Endpoint::Completions] {
+    for endpoint in Endpoint::ALL {
         let _ = writeln!(out, "\n## `POST {}`\n\n| field | | |\n|---|---|---|", endpoint.path());
         for field in endpoint.fields() {
             let (fate, more) = match field.fate {

@@ -73,6 +73,7 @@ fn kind(kind: Kind) -> String {
         Kind::Bias => "object of token id to bias, -100 to 100".into(),
         Kind::Messages => "list of `{role, content, reasoning_content?, tool_calls?, tool_call_id?, name?}`".into(),
         Kind::Tokens => "list of token ids".into(),
+        Kind::Inputs => "list of texts or lists of token ids".into(),
         Kind::Object => "object".into(),
         Kind::Tools => "list of `{type: \"function\", function: {name, description?, parameters?}}`".into(),
         Kind::ToolChoice => "`auto` or `none`".into(),

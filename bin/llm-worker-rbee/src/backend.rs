@@ -4,7 +4,7 @@ mod cpu;
 mod sim;
 
 use rbee_engine::{
-    Engine, EngineConfig, EngineHandle, ModelRunner, OutputText, Request, Sampling, StepCounter, TokenId,
+    Engine, EngineConfig, EngineHandle, Goal, ModelRunner, OutputText, Request, Sampling, StepCounter, TokenId,
 };
 use rbee_tokenizer::AnswerReader;
 use rbee_wire::fields::Violation;
@@ -76,6 +76,8 @@ pub enum Answer {
 pub trait TextSide: Send + Sync {
     /// The prompt's tokens, with the chat template where one applies.
     fn encode(&self, generation: &Generation) -> Result<Encoded, ErrorBody>;
+    /// The tokens of a text to be embedded, with what the model wants before a text.
+    fn embedded(&self, text: &str) -> Result<Vec<TokenId>, ErrorBody>;
     /// The tokens of a text as it stands.
     fn tokenize(&self, text: &str) -> Result<Vec<TokenId>, ErrorBody>;
     /// A fresh output of such an answer with these stop texts.
@@ -139,6 +141,7 @@ fn warm_up(engine: &mut Engine, text: &dyn TextSide) -> Result<(), ErrorBody> {
     use rbee_engine::{Choice, Output};
     let request = Request {
         prompt: vec![0; 4],
+        goal: Goal::Answer,
         max_tokens: Some(2),
         min_tokens: 0,
         eos: Vec::new(),

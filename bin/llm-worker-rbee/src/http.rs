@@ -11,7 +11,6 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
-use rbee_engine::Canceller;
 use rbee_service::{ApiError, Clock, Guard, JsonBytes, protect, sse};
 use rbee_wire::channel::CONTENT_TYPE;
 use rbee_wire::job::JobAccepted;
@@ -22,7 +21,7 @@ use serde_json::{Value, json};
 
 use crate::backend::Loaded;
 use crate::channels::Channels;
-use crate::inference::{self, Framing, Inference};
+use crate::inference::{self, Canceller, Framing, Inference};
 use crate::status::{Phase, Status};
 
 /// Inferences posted and not yet listened to, at most.
@@ -156,7 +155,7 @@ async fn infer(State(api): State<Api>, headers: HeaderMap, JsonBytes(body): Json
     } else {
         inference::begin(&status, loaded, request)?
     };
-    api.live().cancellers.insert(job_id.clone(), inference.tokens.canceller());
+    api.live().cancellers.insert(job_id.clone(), inference.canceller());
     let sse_url = routes::INFERENCE_STREAM.replace("{id}", job_id.as_str());
     if let Some(seat) = seat {
         api.channels.join(&seat.id, api.events(inference, Framing::Channel(seat.stream)).boxed())?;

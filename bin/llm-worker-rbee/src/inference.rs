@@ -6,7 +6,9 @@ use std::task::Poll;
 
 use bytes::Bytes;
 use futures::Stream;
-use rbee_engine::{CallPart, Choice, EngineError, Finish, Output, Overloaded, Piece, Request, Sampling, TokenStream};
+use rbee_engine::{
+    CallPart, Choice, EngineError, Finish, Goal, Output, Overloaded, Piece, Request, Sampling, TokenStream,
+};
 use rbee_service::random_hex;
 use rbee_wire::event::{
     ChoiceEnd, Done, Event, FinishReason, NoteLevel, Started, Timings, Token, TokenLogprobs, ToolCallPart, TopLogprob,
@@ -16,7 +18,10 @@ use rbee_wire::job::Generation;
 use rbee_wire::worker::InferenceRequest;
 use rbee_wire::{ErrorBody, ErrorCode, JobId, ModelRef, WorkerId, channel, sse};
 
+use serde_json::json;
+
 use crate::backend::{Loaded, SamplingDefaults};
+use crate::embeddings::{Embeddings, Next, Stop};
 use crate::status::Status;
 
 /// How events are written.
@@ -32,9 +37,33 @@ pub enum Framing {
 pub struct Inference {
     /// The queen's job.
     pub job_id: JobId,
-    /// The engine's outputs.
-    pub tokens: TokenStream,
+    source: Source,
     facts: StreamFacts,
+}
+
+/// Where its events come from.
+enum Source {
+    Answer(TokenStream),
+    Embeddings(Embeddings),
+}
+
+/// Ends an inference from outside.
+#[derive(Clone)]
+pub enum Canceller {
+    /// An answer.
+    Answer(rbee_engine::Canceller),
+    /// Embeddings.
+    Embeddings(Arc<Stop>),
+}
+
+impl Canceller {
+    /// The inference ends with what there is.
+    pub fn cancel(&self) {
+        match self {
+            Self::Answer(canceller) => canceller.cancel(),
+            Self::Embeddings(stop) => stop.cancel(),
+        }
+    }
 }
 
 struct StreamFacts {
@@ -53,6 +82,23 @@ struct StreamFacts {
 /// Whatever the request is refused for; nothing of it is kept then.
 pub fn begin(status: &Status, loaded: Arc<Loaded>, request: InferenceRequest) -> Result<Inference, ErrorBody> {
     let InferenceRequest { job_id, generation, resume, .. } = request;
+    let facts = |seed, note| StreamFacts {
+        job_id: job_id.clone(),
+        worker_id: status.charge().worker_id.clone(),
+        model: status.model().clone(),
+        seed,
+        note,
+        loaded: Arc::clone(&loaded),
+        status: status.clone(),
+    };
+    // One owner until there are keys.
+    let tenant = [0; 16];
+    if !generation.embed.is_empty() {
+        let embeddings = Embeddings::begin(Arc::clone(&loaded), &generation.embed, tenant)?;
+        status.touch();
+        let facts = facts(generation.seed.unwrap_or(0), None);
+        return Ok(Inference { job_id, source: Source::Embeddings(embeddings), facts });
+    }
     let encoded = loaded.text.encode(&generation)?;
     let seed = match generation.seed {
         Some(seed) => seed,
@@ -82,28 +128,20 @@ pub fn begin(status: &Status, loaded: Arc<Loaded>, request: InferenceRequest) ->
     let logprobs = generation.logprobs.unwrap_or(false).then(|| usize::from(generation.top_logprobs.unwrap_or(0)));
     let request = Request {
         prompt: encoded.prompt,
+        goal: Goal::Answer,
         max_tokens: generation.max_tokens.map(|count| usize::try_from(count).unwrap_or(usize::MAX)),
         min_tokens: generation.min_tokens.map_or(0, |count| usize::try_from(count).unwrap_or(usize::MAX)),
         eos: loaded.text.eos().to_vec(),
         ignore_eos: generation.ignore_eos.unwrap_or(false),
         sampling: sampling(&generation, loaded.text.defaults(), seed),
         logprobs,
-        // One owner until there are keys.
-        tenant: [0; 16],
+        tenant,
         choices: outputs,
     };
     let tokens = loaded.engine.submit(request).map_err(|error| engine_error(&EngineError::Overloaded(error)))?;
     status.touch();
-    let facts = StreamFacts {
-        job_id: job_id.clone(),
-        worker_id: status.charge().worker_id.clone(),
-        model: status.model().clone(),
-        seed,
-        note: encoded.note,
-        loaded,
-        status: status.clone(),
-    };
-    Ok(Inference { job_id, tokens, facts })
+    let facts = facts(seed, encoded.note);
+    Ok(Inference { job_id, source: Source::Answer(tokens), facts })
 }
 
 fn sampling(generation: &Generation, defaults: &SamplingDefaults, seed: u64) -> Sampling {
@@ -139,23 +177,40 @@ pub fn engine_error(error: &EngineError) -> ErrorBody {
 }
 
 impl Inference {
+    /// What ends it from outside.
+    pub fn canceller(&self) -> Canceller {
+        match &self.source {
+            Source::Answer(tokens) => Canceller::Answer(tokens.canceller()),
+            Source::Embeddings(embeddings) => Canceller::Embeddings(embeddings.stop()),
+        }
+    }
+
     /// The encoded events, as many in one piece as have come, up to the end. Dropping it cancels.
     pub fn into_stream(self, framing: Framing) -> impl Stream<Item = Bytes> + Send {
-        let Self { mut tokens, facts, .. } = self;
+        let Self { mut source, facts, .. } = self;
         let mut next_id = 0u64;
         let mut over = false;
         futures::stream::poll_fn(move |cx| {
             let mut bytes = Vec::new();
             while !over {
-                let output = match tokens.poll_next(cx) {
+                let next = match &mut source {
+                    // The engine ends every stream with a terminal output; this is the answer if it ever did not.
+                    Source::Answer(tokens) => tokens.poll_next(cx).map(|output| {
+                        Next::Output(
+                            output
+                                .unwrap_or_else(|| Output::Failed(EngineError::Internal("the engine is gone".into()))),
+                        )
+                    }),
+                    Source::Embeddings(embeddings) => embeddings.poll_next(cx),
+                };
+                let events = match next {
                     Poll::Pending if bytes.is_empty() => return Poll::Pending,
                     Poll::Pending => break,
-                    Poll::Ready(Some(output)) => output,
-                    // The engine ends every stream with a terminal output; this is the answer if it ever did not.
-                    Poll::Ready(None) => Output::Failed(EngineError::Internal("the engine is gone".into())),
+                    Poll::Ready(Next::Output(output)) => facts.events(output),
+                    Poll::Ready(Next::Embedding(embedding)) => vec![Event::Data { value: json!(embedding) }],
                 };
-                for mut event in facts.events(output) {
-                    if let Event::Done(done) = &mut event {
+                for mut event in events {
+                    if let (Event::Done(done), Source::Answer(tokens)) = (&mut event, &source) {
                         let decode_ms = tokens.decode_time().as_secs_f64() * 1e3;
                         done.timings = Some(Timings { decode_ms, ..Timings::default() });
                     }
@@ -236,6 +291,8 @@ impl StreamFacts {
                 timings: None,
             })],
             Output::Failed(error) => vec![Event::Error(engine_error(&error))],
+            // Of embeddings, which number them.
+            Output::Embedding { .. } => Vec::new(),
         }
     }
 }

@@ -13,6 +13,7 @@ pub mod args;
 mod backend;
 mod channels;
 mod charge;
+mod embeddings;
 mod heartbeat;
 mod http;
 mod inference;

@@ -16,13 +16,15 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use bytes::Bytes;
 use futures::Stream;
-use rbee_openai::answer::{Chunks, Head, Step, Whole, failure};
+use rbee_openai::answer::{Chunks, Form, Head, Step, Whole, failure};
+use rbee_openai::embeddings::Vectors;
 use rbee_openai::error::{Reply, retry_is_vain};
 use rbee_openai::fields::Endpoint;
 use rbee_openai::models::{Model, ModelList};
 use rbee_openai::request::{Streaming, Unknown, read};
 use rbee_service::{ApiError, JsonBytes, Listener, sse};
 use rbee_wire::event::Event;
+use rbee_wire::job::Infer;
 use rbee_wire::sse::Decoder;
 use rbee_wire::{ErrorBody, ErrorCode, JobRequest, routes};
 
@@ -44,6 +46,7 @@ pub fn mount(router: Router<Api>) -> Router<Api> {
     router
         .route(routes::CHAT_COMPLETIONS, post(chat))
         .route(routes::COMPLETIONS, post(completions))
+        .route(routes::EMBEDDINGS, post(embeddings))
         .route(routes::MODELS, get(models))
         .route(routes::MODEL, get(model))
 }
@@ -73,6 +76,26 @@ pub async fn in_dialect(request: Request, next: Next) -> Response {
     response
 }
 
+async fn embeddings(
+    State(api): State<Api>,
+    headers: HeaderMap,
+    JsonBytes(body): JsonBytes,
+) -> Result<Response, ApiError> {
+    let asked = read(Endpoint::Embeddings, &body, unknown(&headers))?;
+    drop(body);
+    let model = asked.jobs.first().and_then(|job| job.model.as_ref()).map(ToString::to_string);
+    let mut parts = begin(&api, asked.jobs).await?.1;
+    let mut vectors = Vectors::new(asked.encoding, model);
+    loop {
+        let (_, event) = poll_fn(|cx| parts.poll(cx)).await;
+        match vectors.take(&event) {
+            Step::Waiting | Step::Moving => {}
+            Step::Over => return Ok(told(Json(vectors.into_json()).into_response(), &asked.ignored)),
+            Step::Failed(error) => return Err((*error).into()),
+        }
+    }
+}
+
 async fn chat(state: State<Api>, headers: HeaderMap, body: JsonBytes) -> Result<Response, ApiError> {
     answer(Endpoint::Chat, state, headers, body).await
 }
@@ -87,41 +110,61 @@ async fn answer(
     headers: HeaderMap,
     JsonBytes(body): JsonBytes,
 ) -> Result<Response, ApiError> {
-    let strict = headers.get(STRICT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"true"));
-    let asked = read(endpoint, &body, if strict { Unknown::Refused } else { Unknown::Reported })?;
+    let asked = read(endpoint, &body, unknown(&headers))?;
     drop(body);
+    let (form, kind) = match endpoint {
+        Endpoint::Chat => (Form::Chat, "chatcmpl"),
+        _ => (Form::Text, "cmpl"),
+    };
     let mut head = Head {
-        endpoint,
+        form,
         id: String::new(),
         created: SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()),
         model: asked.jobs.first().and_then(|job| job.model.as_ref()).map(ToString::to_string),
         build: format!("rbee-{}-{}", env!("CARGO_PKG_VERSION"), api.ops.info().build.get(..8).unwrap_or_default()),
         choices: asked.jobs.iter().map(|job| job.generation.n.unwrap_or(1) as usize).collect(),
     };
+    let (first, parts) = begin(&api, asked.jobs).await?;
+    head.id = format!("{kind}-{first}");
+    let response = match asked.streaming {
+        Streaming::Yes { usage } => stream(parts, Chunks::new(head, usage)).await?,
+        Streaming::No => whole(parts, Whole::new(head)).await?,
+    };
+    Ok(told(response, &asked.ignored))
+}
+
+/// What the headers ask for where a field changes nothing.
+fn unknown(headers: &HeaderMap) -> Unknown {
+    let strict = headers.get(STRICT).is_some_and(|value| value.as_bytes().eq_ignore_ascii_case(b"true"));
+    if strict { Unknown::Refused } else { Unknown::Reported }
+}
+
+/// Sets the jobs of a request to work; the first one's id.
+async fn begin(api: &Api, jobs: Vec<Infer>) -> Result<(String, Parts), ErrorBody> {
+    let mut first = String::new();
     let mut parts = Vec::new();
-    for job in asked.jobs {
-        let (job, unclaimed) = submit(&api, JobRequest::Infer(Box::new(job)), None).await?;
-        parts.push(Some(Events::of(listen(&api, &job, None, Leaving::Cancels))));
+    for job in jobs {
+        let (job, unclaimed) = submit(api, JobRequest::Infer(Box::new(job)), None).await?;
+        parts.push(Some(Events::of(listen(api, &job, None, Leaving::Cancels))));
         // From here on its listener answers for it.
         if let Some(unclaimed) = unclaimed {
             unclaimed.claimed();
         }
-        if head.id.is_empty() {
-            let kind = if endpoint == Endpoint::Chat { "chatcmpl" } else { "cmpl" };
-            head.id = format!("{kind}-{}", job.id);
+        if first.is_empty() {
+            first = job.id.to_string();
         }
     }
-    let parts = Parts(parts);
-    let mut response = match asked.streaming {
-        Streaming::Yes { usage } => stream(parts, Chunks::new(head, usage)).await?,
-        Streaming::No => whole(parts, Whole::new(head)).await?,
-    };
-    if !asked.ignored.is_empty()
-        && let Ok(names) = HeaderValue::from_str(&asked.ignored.join(", "))
+    Ok((first, Parts(parts)))
+}
+
+/// A response that names the fields which changed nothing.
+fn told(mut response: Response, ignored: &[String]) -> Response {
+    if !ignored.is_empty()
+        && let Ok(names) = HeaderValue::from_str(&ignored.join(", "))
     {
         response.headers_mut().insert(IGNORED, names);
     }
-    Ok(response)
+    response
 }
 
 async fn whole(mut parts: Parts, mut answer: Whole) -> Result<Response, ApiError> {

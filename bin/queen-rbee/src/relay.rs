@@ -73,7 +73,7 @@ pub async fn relay(dispatch: Dispatch, jobs: Jobs, brain: Brain) {
             job.fail(jobs.now(), error);
         }
         Outcome::Failed(error) => {
-            let retry = job.facts().tokens == 0;
+            let retry = job.facts().first_token.is_none();
             job.decide(jobs.now(), "failed", format!("on {worker}: {error}"));
             tracing::warn!(job = %id, %worker, code = %error.code, "a dispatch failed");
             brain.tell(Heard::DispatchFailed { job: id, worker, error, retry }).await;
@@ -107,6 +107,7 @@ async fn run(dispatch: &Dispatch, jobs: &Jobs, brain: &Brain, stop: &Cancellatio
         model: model.clone(),
         why: why.clone(),
         choices: infer.generation.n.unwrap_or(1) as usize,
+        embeds: !infer.generation.embed.is_empty(),
         between_tokens: jobs.metrics().between_tokens(model),
         next: Vec::new(),
         last: Vec::new(),
@@ -186,6 +187,8 @@ pub struct Relay {
     model: ModelRef,
     why: String,
     choices: usize,
+    /// Whether embeddings are asked for.
+    embeds: bool,
     between_tokens: Histogram,
     /// The position of each choice's next token.
     next: Vec<u64>,
@@ -211,16 +214,17 @@ impl Relay {
                 if let Some(before) = self.last[peek.choice as usize].replace(now) {
                     self.between_tokens.observe(now.saturating_sub(before).as_secs_f64());
                 }
-                let first = {
+                {
                     let mut facts = self.job.facts();
                     facts.tokens += 1;
                     facts.last_token = Some(now);
-                    facts.first_token.is_none().then(|| facts.first_token = Some(now)).is_some()
-                };
-                if first {
-                    // Before any listener can see it: from here on the job is never run again from its beginning.
-                    self.brain.tell(Heard::FirstToken { job: self.job.id.clone(), worker: self.worker.clone() }).await;
                 }
+                self.begun(now).await;
+                self.job.log.push_json(json, false);
+                None
+            }
+            "data" if self.embeds && self.started => {
+                self.begun(self.jobs.now()).await;
                 self.job.log.push_json(json, false);
                 None
             }
@@ -262,6 +266,17 @@ impl Relay {
             "started" | "queued" | "data" | "resumed" => self.broken("an event came that workers do not send"),
             // From a newer worker; nothing that a client relies on.
             _ => None,
+        }
+    }
+
+    /// Something of the result is about to be seen: from here on the job is never run again from its beginning.
+    async fn begun(&self, now: Duration) {
+        let first = {
+            let mut facts = self.job.facts();
+            facts.first_token.is_none().then(|| facts.first_token = Some(now)).is_some()
+        };
+        if first {
+            self.brain.tell(Heard::FirstToken { job: self.job.id.clone(), worker: self.worker.clone() }).await;
         }
     }
 

@@ -9,13 +9,21 @@ use serde::Serialize;
 use serde_json::{Map, Value, json};
 
 use crate::error::Reply;
-use crate::fields::Endpoint;
+
+/// What kind of answer it is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    /// A message, as a chat has it.
+    Chat,
+    /// A text that goes on, as a completion has it.
+    Text,
+}
 
 /// What is the same in all of an answer.
 #[derive(Clone, Debug)]
 pub struct Head {
-    /// The endpoint.
-    pub endpoint: Endpoint,
+    /// What kind of answer it is.
+    pub form: Form,
     /// The answer's id.
     pub id: String,
     /// Seconds since 1970.
@@ -101,10 +109,10 @@ impl Progress {
     }
 
     fn object(&self, chunk: bool) -> &'static str {
-        match (self.head.endpoint, chunk) {
-            (Endpoint::Chat, true) => "chat.completion.chunk",
-            (Endpoint::Chat, false) => "chat.completion",
-            (Endpoint::Completions, _) => "text_completion",
+        match (self.head.form, chunk) {
+            (Form::Chat, true) => "chat.completion.chunk",
+            (Form::Chat, false) => "chat.completion",
+            (Form::Text, _) => "text_completion",
         }
     }
 }
@@ -258,8 +266,8 @@ impl Chunks {
         }
         let offset = self.lengths[index];
         self.lengths[index] += token.t.chars().count();
-        match self.progress.head.endpoint {
-            Endpoint::Chat => {
+        match self.progress.head.form {
+            Form::Chat => {
                 let logprobs =
                     token.logprobs.as_ref().map(|one| json!({ "content": [chat_logprob(one)], "refusal": null }));
                 let reasoning_content = Some(token.reasoning.as_str()).filter(|text| !text.is_empty());
@@ -269,7 +277,7 @@ impl Chunks {
                 let delta = Delta { role: None, content, reasoning_content, tool_calls };
                 self.write(&[ChatPiece { index, delta, logprobs, finish_reason: None }], out);
             }
-            Endpoint::Completions => {
+            Form::Text => {
                 let lists = token.logprobs.as_ref().map(|one| {
                     let mut lists = Lists::default();
                     lists.push(one, offset);
@@ -283,7 +291,7 @@ impl Chunks {
 
     /// The first chunk of a chat's choice names the role.
     fn begin(&mut self, index: usize, out: &mut Vec<u8>) {
-        if std::mem::replace(&mut self.begun[index], true) || self.progress.head.endpoint != Endpoint::Chat {
+        if std::mem::replace(&mut self.begun[index], true) || self.progress.head.form != Form::Chat {
             return;
         }
         let delta = Delta { role: Some("assistant"), content: Some(""), ..Delta::default() };
@@ -298,11 +306,11 @@ impl Chunks {
             let index = self.progress.index(part, choice);
             self.begin(index, out);
             let finish_reason = Some(finish(end.finish_reason));
-            match self.progress.head.endpoint {
-                Endpoint::Chat => {
+            match self.progress.head.form {
+                Form::Chat => {
                     self.write(&[ChatPiece { index, delta: Delta::default(), logprobs: None, finish_reason }], out);
                 }
-                Endpoint::Completions => {
+                Form::Text => {
                     self.write(&[TextPiece { index, text: "", logprobs: None, finish_reason }], out);
                 }
             }
@@ -408,9 +416,9 @@ impl Whole {
             Event::Token(token) => {
                 let text = &mut self.texts[self.progress.index(part, token.choice as usize)];
                 if let Some(logprobs) = &token.logprobs {
-                    match self.progress.head.endpoint {
-                        Endpoint::Chat => text.chat_logprobs.get_or_insert_default().push(chat_logprob(logprobs)),
-                        Endpoint::Completions => text.lists.get_or_insert_default().push(logprobs, text.chars),
+                    match self.progress.head.form {
+                        Form::Chat => text.chat_logprobs.get_or_insert_default().push(chat_logprob(logprobs)),
+                        Form::Text => text.lists.get_or_insert_default().push(logprobs, text.chars),
                     }
                 }
                 text.text.push_str(&token.t);
@@ -440,14 +448,14 @@ impl Whole {
     /// The answer's JSON, once all parts are done.
     pub fn into_json(self) -> Value {
         let Self { progress, texts } = self;
-        let choice = |(index, text): (usize, Text)| match progress.head.endpoint {
-            Endpoint::Chat => json!({
+        let choice = |(index, text): (usize, Text)| match progress.head.form {
+            Form::Chat => json!({
                 "index": index,
                 "message": text.message(),
                 "logprobs": text.chat_logprobs.map(|content| json!({ "content": content, "refusal": null })),
                 "finish_reason": text.finish,
             }),
-            Endpoint::Completions => json!({
+            Form::Text => json!({
                 "index": index,
                 "text": text.text,
                 "logprobs": text.lists,
@@ -473,9 +481,9 @@ mod tests {
 
     use super::*;
 
-    fn head(endpoint: Endpoint, choices: &[usize]) -> Head {
+    fn head(form: Form, choices: &[usize]) -> Head {
         let model = Some("m".to_owned());
-        Head { endpoint, id: "x-1".into(), created: 7, model, build: "rbee-0".into(), choices: choices.to_vec() }
+        Head { form, id: "x-1".into(), created: 7, model, build: "rbee-0".into(), choices: choices.to_vec() }
     }
 
     fn started() -> Event {
@@ -504,8 +512,8 @@ mod tests {
         })
     }
 
-    fn chunks(endpoint: Endpoint, choices: &[usize], usage: bool, events: &[(usize, Event)]) -> (Vec<Value>, Step) {
-        let mut chunks = Chunks::new(head(endpoint, choices), usage);
+    fn chunks(form: Form, choices: &[usize], usage: bool, events: &[(usize, Event)]) -> (Vec<Value>, Step) {
+        let mut chunks = Chunks::new(head(form, choices), usage);
         let mut out = Vec::new();
         let mut last = Step::Waiting;
         for (part, event) in events {
@@ -530,7 +538,7 @@ mod tests {
             (0, token(0, 2, "lo")),
             (0, done(&[FinishReason::Stop])),
         ];
-        let (values, last) = chunks(Endpoint::Chat, &[1], true, &events);
+        let (values, last) = chunks(Form::Chat, &[1], true, &events);
         assert_eq!(last, Step::Over);
         let deltas: Vec<_> = values[..4].iter().map(|chunk| chunk["choices"][0]["delta"].clone()).collect();
         let want = [
@@ -551,7 +559,7 @@ mod tests {
         assert_eq!(values[4]["choices"], json!([]));
         assert_eq!(values[4]["usage"]["prompt_tokens_details"]["cached_tokens"], 1);
         assert_eq!(values[5], "[DONE]");
-        let (values, _) = chunks(Endpoint::Chat, &[1], false, &events);
+        let (values, _) = chunks(Form::Chat, &[1], false, &events);
         assert!(values.len() == 5 && values.iter().all(|chunk| chunk.get("usage").is_none()));
     }
 
@@ -570,7 +578,7 @@ mod tests {
             part(1, Some("c1"), "{\"a\": 1}"),
             (0, done(&[FinishReason::ToolCalls])),
         ];
-        let (values, _) = chunks(Endpoint::Chat, &[1], false, &events);
+        let (values, _) = chunks(Form::Chat, &[1], false, &events);
         let deltas: Vec<_> = values[1..6].iter().map(|chunk| chunk["choices"][0]["delta"].clone()).collect();
         let call = |index, rest: Value| {
             let mut call = json!({ "index": index });
@@ -586,7 +594,7 @@ mod tests {
         ];
         assert_eq!(deltas, want);
         assert_eq!(values[5]["choices"][0]["finish_reason"], "tool_calls");
-        let mut whole = Whole::new(head(Endpoint::Chat, &[1]));
+        let mut whole = Whole::new(head(Form::Chat, &[1]));
         events.iter().for_each(|(part, event)| drop(whole.take(*part, event)));
         let function = |arguments: &str| json!({ "name": "f", "arguments": arguments });
         assert_eq!(
@@ -610,7 +618,7 @@ mod tests {
             (1, two.clone()),
             (0, two.clone()),
         ];
-        let (values, last) = chunks(Endpoint::Completions, &[2, 2], true, &events);
+        let (values, last) = chunks(Form::Text, &[2, 2], true, &events);
         assert_eq!(last, Step::Over);
         let ends = |index: usize| {
             let of = |chunk: &&Value| {
@@ -630,13 +638,13 @@ mod tests {
         let error = Event::Error(ErrorBody::new(ErrorCode::WorkerLost, "gone"));
         for (end, code) in [(error, ErrorCode::WorkerLost), (done(&[FinishReason::Cancelled]), ErrorCode::Cancelled)] {
             let (values, last) =
-                chunks(Endpoint::Chat, &[1], true, &[(0, started()), (0, token(0, 0, "a")), (0, end.clone())]);
+                chunks(Form::Chat, &[1], true, &[(0, started()), (0, token(0, 0, "a")), (0, end.clone())]);
             assert!(values.iter().all(|chunk| chunk != "[DONE]" && chunk["choices"][0]["finish_reason"].is_null()));
             let Step::Failed(error) = last else { panic!("{last:?}") };
             assert_eq!(error.code, code);
             let text = String::from_utf8(failure(&error)).unwrap();
             assert!(text.starts_with("data: {\"error\":{\"message\":") && text.ends_with("}\n\n"), "{text}");
-            let mut whole = Whole::new(head(Endpoint::Chat, &[1]));
+            let mut whole = Whole::new(head(Form::Chat, &[1]));
             assert!(matches!(whole.take(0, &end), Step::Failed(_)));
         }
     }
@@ -653,19 +661,19 @@ mod tests {
         };
         let with = Event::Token(Token { t: "é".into(), id: 5, logprobs: Some(logprobs), ..Token::default() });
         let events = [started(), with.clone(), with, done(&[FinishReason::Length])];
-        let whole = |endpoint| {
-            let mut whole = Whole::new(head(endpoint, &[1]));
+        let whole = |form| {
+            let mut whole = Whole::new(head(form, &[1]));
             let steps: Vec<Step> = events.iter().map(|event| whole.take(0, event)).collect();
             assert_eq!(steps, [Step::Waiting, Step::Moving, Step::Moving, Step::Over]);
             whole.into_json()
         };
-        let chat = whole(Endpoint::Chat);
+        let chat = whole(Form::Chat);
         assert_eq!(chat["choices"][0]["message"], json!({"role": "assistant", "content": "éé", "refusal": null}));
         let entry = &chat["choices"][0]["logprobs"]["content"][1];
         assert_eq!((&entry["token"], &entry["bytes"]), (&json!("é"), &json!([195, 169])));
         assert_eq!(entry["top_logprobs"][1]["bytes"], Value::Null);
         assert_eq!(chat["choices"][0]["finish_reason"], "length");
-        let text = whole(Endpoint::Completions);
+        let text = whole(Form::Text);
         assert_eq!(text["object"], "text_completion");
         assert_eq!(text["choices"][0]["logprobs"]["text_offset"], json!([0, 1]));
         assert_eq!(text["choices"][0]["logprobs"]["top_logprobs"][0], json!({"é": -0.5, "\u{fffd}": -1.5}));

@@ -7,6 +7,8 @@ pub enum Endpoint {
     Chat,
     /// `POST /v1/completions`.
     Completions,
+    /// `POST /v1/embeddings`.
+    Embeddings,
 }
 
 /// What becomes of a field.
@@ -47,7 +49,7 @@ const fn ignored(name: &'static str) -> Field {
     Field { name, fate: Fate::Ignored }
 }
 
-/// Fields that all endpoints have.
+/// Fields that answers have.
 const SHARED: &[Field] = &[
     job("model"),
     job("min_tokens"),
@@ -110,14 +112,27 @@ const COMPLETIONS: &[Field] = &[
     refused("suffix", "unless empty"),
 ];
 
+/// Fields of `POST /v1/embeddings`.
+const EMBEDDINGS: &[Field] = &[
+    job("model"),
+    own("input", "a text, a list of up to 2048, or token ids of the model's own vocabulary in place of texts"),
+    own("encoding_format", "`float` or `base64`"),
+    refused("dimensions", "always"),
+    ignored("user"),
+];
+
 impl Endpoint {
+    /// All of them.
+    pub const ALL: [Self; 3] = [Self::Chat, Self::Completions, Self::Embeddings];
+
     /// Its fields.
     pub fn fields(self) -> impl Iterator<Item = &'static Field> {
-        let own = match self {
-            Self::Chat => CHAT,
-            Self::Completions => COMPLETIONS,
+        let (own, shared) = match self {
+            Self::Chat => (CHAT, SHARED),
+            Self::Completions => (COMPLETIONS, SHARED),
+            Self::Embeddings => (EMBEDDINGS, [].as_slice()),
         };
-        own.iter().chain(SHARED)
+        own.iter().chain(shared)
     }
 
     /// Its field of this name.
@@ -130,6 +145,7 @@ impl Endpoint {
         match self {
             Self::Chat => rbee_wire::routes::CHAT_COMPLETIONS,
             Self::Completions => rbee_wire::routes::COMPLETIONS,
+            Self::Embeddings => rbee_wire::routes::EMBEDDINGS,
         }
     }
 }
@@ -142,7 +158,7 @@ mod tests {
 
     #[test]
     fn every_field_stands_once_and_those_of_the_job_are_there() {
-        for endpoint in [Endpoint::Chat, Endpoint::Completions] {
+        for endpoint in Endpoint::ALL {
             let fields: Vec<&Field> = endpoint.fields().collect();
             for (i, field) in fields.iter().enumerate() {
                 assert!(fields[..i].iter().all(|other| other.name != field.name), "{}", field.name);

@@ -42,8 +42,20 @@ pub struct Asked {
     pub jobs: Vec<Infer>,
     /// How the answer is sent.
     pub streaming: Streaming,
+    /// How vectors are written, where vectors are asked for.
+    pub encoding: Encoding,
     /// Fields that change nothing.
     pub ignored: Vec<String>,
+}
+
+/// How the values of a vector are written.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Encoding {
+    /// As a list of numbers.
+    #[default]
+    Floats,
+    /// As little-endian f32 in base64, which is what the SDKs ask for.
+    Base64,
 }
 
 /// Reads and validates a posted body.
@@ -70,6 +82,12 @@ pub fn read(endpoint: Endpoint, bytes: &[u8], unknown: Unknown) -> Result<Asked,
             reader.job.entry("max_tokens").or_insert(COMPLETION_TOKENS.into());
             reader.prompts(body.get("prompt").unwrap_or(&Value::Null))
         }
+        Endpoint::Embeddings => {
+            if body.get("input").is_none_or(Value::is_null) {
+                reader.wrong("input", "is required");
+            }
+            Vec::new()
+        }
     };
     if unknown == Unknown::Refused {
         for name in std::mem::take(&mut reader.ignored) {
@@ -94,6 +112,7 @@ struct Reader {
     ignored: Vec<String>,
     streams: bool,
     usage: bool,
+    encoding: Encoding,
 }
 
 impl Reader {
@@ -129,6 +148,17 @@ impl Reader {
         match name {
             "messages" => self.messages(value),
             "tools" => self.tools(value),
+            "input" => {
+                let one = value.is_string() || value.as_array().is_some_and(|items| items.iter().all(Value::is_number));
+                let inputs = if one && *value != json!([]) { json!([value]) } else { value.clone() };
+                self.job.insert("embed".into(), inputs);
+                self.renamed.push(("embed", "input"));
+            }
+            "encoding_format" => match value.as_str() {
+                Some("float") => self.encoding = Encoding::Floats,
+                Some("base64") => self.encoding = Encoding::Base64,
+                _ => self.wrong(name, "must be `float` or `base64`"),
+            },
             "seed" => {
                 // The dialect's seeds are signed; as bits they are as good as any.
                 let seed = value.as_i64().map(i64::cast_unsigned).or(value.as_u64());
@@ -286,7 +316,7 @@ impl Reader {
         self.job.insert("operation".into(), "infer".into());
         // Where the prompt or the messages are at fault there is one job without them, so that all else is checked; what it
         // lacks is known already.
-        let faulty = self.found.iter().any(|wrong| matches!(wrong.field.as_str(), "prompt" | "messages"));
+        let faulty = self.found.iter().any(|wrong| matches!(wrong.field.as_str(), "prompt" | "messages" | "input"));
         let mut asked = vec![self.job.clone()];
         if !prompts.is_empty() {
             let with = |prompt| self.job.clone().into_iter().chain([("prompt".to_owned(), prompt)]).collect();
@@ -318,7 +348,7 @@ impl Reader {
             return Err(invalid(self.found));
         }
         let streaming = if self.streams { Streaming::Yes { usage: self.usage } } else { Streaming::No };
-        Ok(Asked { jobs, streaming, ignored: self.ignored })
+        Ok(Asked { jobs, streaming, encoding: self.encoding, ignored: self.ignored })
     }
 }
 
@@ -479,6 +509,31 @@ mod tests {
         assert_eq!(generation.parallel_tool_calls, Some(false));
         assert!(generation.may_call());
         assert_eq!(asked.ignored, ["tools.function.strict"]);
+    }
+
+    #[test]
+    fn an_input_is_one_text_or_many_or_tokens() {
+        let embed = |more: Value| {
+            let mut body = json!({ "model": "tinybee" });
+            body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            asked(Endpoint::Embeddings, &body)
+        };
+        let inputs = |input: Value| {
+            embed(json!({ "input": input })).map(|asked| serde_json::to_value(&asked.jobs[0].generation.embed).unwrap())
+        };
+        assert_eq!(inputs(json!("a")), Ok(json!(["a"])));
+        assert_eq!(inputs(json!(["a", "b"])), Ok(json!(["a", "b"])));
+        assert_eq!(inputs(json!([1, 2])), Ok(json!([[1, 2]])));
+        assert_eq!(inputs(json!([[1, 2], [3]])), Ok(json!([[1, 2], [3]])));
+        for wrong in [json!(null), json!([]), json!(""), json!([""]), json!([[]]), json!(5), json!(vec!["x"; 2049])] {
+            assert_eq!(inputs(wrong.clone()), Err(vec!["input".into()]), "{wrong}");
+        }
+        let base64 = embed(json!({ "input": "a", "encoding_format": "base64", "user": "u" })).unwrap();
+        assert_eq!((base64.encoding, base64.ignored), (Encoding::Base64, vec!["user".to_owned()]));
+        assert_eq!(
+            embed(json!({ "input": "a", "encoding_format": "int8", "dimensions": 5 })),
+            Err(vec!["encoding_format".into(), "dimensions".into()])
+        );
     }
 
     #[test]

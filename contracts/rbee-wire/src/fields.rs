@@ -55,6 +55,8 @@ pub enum Kind {
     Messages,
     /// A list of numbers.
     Tokens,
+    /// A list of texts or lists of token ids, none empty.
+    Inputs,
     /// A JSON object, checked where it is used.
     Object,
     /// Definitions of functions.
@@ -78,6 +80,9 @@ pub struct Violation {
 
 /// Largest text of a prompt or message, in bytes.
 pub const MAX_TEXT: usize = 16 << 20;
+
+/// Most texts of a request for embeddings: as many as OpenAI takes.
+pub const MAX_INPUTS: usize = 2048;
 
 /// Most functions of a request.
 pub const MAX_TOOLS: usize = 256;
@@ -157,10 +162,16 @@ fn problem(value: &Value, kind: Kind) -> Option<String> {
             (!good).then(|| "must map token ids to numbers from -100 to 100, at most 1024 of them".into())
         }
         Kind::Messages => messages_problem(value),
-        Kind::Tokens => {
-            let fits = |value: &Value| value.as_u64().is_some_and(|id| id <= u64::from(u32::MAX));
-            let good = value.as_array().is_some_and(|items| items.len() <= 1 << 20 && items.iter().all(fits));
-            (!good).then(|| "must be a list of token ids".into())
+        Kind::Tokens => (!are_tokens(value)).then(|| "must be a list of token ids".into()),
+        Kind::Inputs => {
+            let fits = |item: &Value| match item {
+                Value::String(text) => !text.is_empty() && text.len() <= MAX_TEXT,
+                Value::Array(ids) => !ids.is_empty() && are_tokens(item),
+                _ => false,
+            };
+            let good =
+                value.as_array().is_some_and(|all| (1..=MAX_INPUTS).contains(&all.len()) && all.iter().all(fits));
+            (!good).then(|| format!("must be a list of 1 to {MAX_INPUTS} texts or lists of token ids, none empty"))
         }
         Kind::Object => (!value.is_object()).then(|| "must be an object".into()),
         Kind::Tools => tools_problem(value),
@@ -226,6 +237,11 @@ fn messages_problem(value: &Value) -> Option<String> {
         }
     }
     None
+}
+
+fn are_tokens(value: &Value) -> bool {
+    let fits = |value: &Value| value.as_u64().is_some_and(|id| id <= u64::from(u32::MAX));
+    value.as_array().is_some_and(|items| items.len() <= 1 << 20 && items.iter().all(fits))
 }
 
 /// A name from outside as it may be shown.

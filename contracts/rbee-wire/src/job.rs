@@ -214,6 +214,16 @@ pub struct CalledFunction {
     pub arguments: String,
 }
 
+/// A text whose embedding is wanted.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+#[serde(untagged)]
+pub enum EmbedInput {
+    /// As letters.
+    Text(String),
+    /// As ids of the model's own vocabulary.
+    Tokens(Vec<u32>),
+}
+
 /// What shapes the generated text; the same for every surface and for the worker.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Generation {
@@ -223,6 +233,9 @@ pub struct Generation {
     /// The chat to answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub messages: Option<Vec<Message>>,
+    /// What to embed, instead of generating.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub embed: Vec<EmbedInput>,
     /// Most tokens to generate; what the context leaves unless given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<u64>,
@@ -476,8 +489,26 @@ pub fn check_infer(map: &Map<String, Value>, found: &mut Vec<Violation>) {
     let given = |name: &str| map.get(name).is_some_and(|value| !value.is_null());
     match (given("prompt"), given("messages")) {
         (true, true) => found.push(violation("messages", "cannot stand beside `prompt`")),
-        (false, false) => found.push(violation("prompt", "is required, or `messages`")),
+        (false, false) if !given("embed") => found.push(violation("prompt", "is required, or `messages`")),
         _ => {}
+    }
+    if given("embed") {
+        let may = [
+            "operation",
+            "embed",
+            "model",
+            "device",
+            "worker_id",
+            "hive_id",
+            "deadline_ms",
+            "detach",
+            "no_load",
+            "stream",
+            "seed",
+        ];
+        for name in map.keys().filter(|name| given(name) && !may.contains(&name.as_str())) {
+            found.push(violation(name, "cannot stand beside `embed`, which generates nothing"));
+        }
     }
     if given("messages") && map.get("raw") == Some(&Value::Bool(true)) {
         found.push(violation("raw", "cannot be true with `messages`, which need the chat template"));
@@ -589,6 +620,7 @@ mod tests {
                         "[{\"role\":\"user\",\"content\":\"\",\"tool_call_id\":\"a\"}]",
                     ],
                     Kind::Tokens => &["[-1]", "1"],
+                    Kind::Inputs => &["[]", "\"a\"", "[1]", "[\"\"]", "[[]]", "[[-1]]", "[\"a\",1]"],
                     Kind::Object => &["1", "[]"],
                     Kind::Tools => &[
                         "1",
@@ -619,6 +651,7 @@ mod tests {
             r#"{"operation":"status"}"#,
             r#"{"operation":"infer","model":"org/name","prompt":"x","stop":"a","logit_bias":{"5":-1.5},"max_tokens":20,"seed":18446744073709551615}"#,
             r#"{"operation":"infer","messages":[{"role":"user","content":"hi"}],"temperature":null}"#,
+            r#"{"operation":"infer","embed":["a",[1,2]],"model":"org/name"}"#,
             r#"{"operation":"infer","messages":[{"role":"assistant","content":"","reasoning_content":"r","tool_calls":[{"id":"a","type":"function","function":{"name":"f","arguments":"{}"}}]},{"role":"tool","content":"1","tool_call_id":"a","name":"f"}],"tools":[{"type":"function","function":{"name":"f","description":"d","parameters":{"type":"object"}}}],"tool_choice":"auto","parallel_tool_calls":false}"#,
             r#"{"operation":"worker_spawn","model":"tinybee","worker":"cuda","device":0}"#,
             r#"{"operation":"worker_process_delete","pid":7,"hive_id":"h"}"#,

@@ -100,6 +100,11 @@ pub const INFER_FIELDS: &[Field] = &[
     optional("model", Kind::Model, "the model; the default one unless given"),
     optional("prompt", Kind::Text(MAX_TEXT), "the text to go on from; this or `messages`"),
     optional("messages", Kind::Messages, "the chat to answer; this or `prompt`"),
+    optional(
+        "embed",
+        Kind::Inputs,
+        "texts, or lists of token ids, to embed instead of generating; a `data` event each",
+    ),
     optional("max_tokens", Kind::Int(1, 1 << 24), "most tokens to generate; what the context leaves unless given"),
     optional("min_tokens", Kind::Int(0, 1 << 24), "tokens before an end-of-text token may come"),
     optional("temperature", Kind::Float(0.0, 2.0), "0 takes the likeliest token; the model's own unless given"),

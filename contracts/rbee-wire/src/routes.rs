@@ -40,6 +40,8 @@ pub const JOB_STREAM: &str = "/v1/jobs/{id}/stream";
 pub const CHAT_COMPLETIONS: &str = "/v1/chat/completions";
 /// Go on from a text, in the OpenAI dialect.
 pub const COMPLETIONS: &str = "/v1/completions";
+/// Vectors of texts, in the OpenAI dialect.
+pub const EMBEDDINGS: &str = "/v1/embeddings";
 /// The models that can be named, in the OpenAI dialect.
 pub const MODELS: &str = "/v1/models";
 /// One model, in the OpenAI dialect; its name may have slashes.
@@ -83,6 +85,7 @@ pub const QUEEN: &[Route] = &[
     route("GET", JOB_STREAM, "a job's events, from the beginning or after `Last-Event-ID`"),
     route("POST", CHAT_COMPLETIONS, "answer a chat, as OpenAI's API does; [fields](../api.md)"),
     route("POST", COMPLETIONS, "go on from a text, as OpenAI's API does"),
+    route("POST", EMBEDDINGS, "vectors of texts, as OpenAI's API gives them"),
     route("GET", MODELS, "the models that can be named, as OpenAI's API lists them"),
     route("GET", MODEL, "one of them; its name may have slashes"),
     route("POST", WORKER_HEARTBEAT, "a worker says how it is"),

@@ -180,6 +180,15 @@ pub struct SpawnView {
     pub pid: u32,
 }
 
+/// The embedding of one text: the mean of the model's hidden states over its tokens, of length 1.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Embedding {
+    /// Its place in `embed`, from 0.
+    pub index: u32,
+    /// The values as little-endian f32, in base64.
+    pub embedding: String,
+}
+
 /// Whether a worker was there.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 #[serde(rename_all = "snake_case")]

@@ -16,7 +16,7 @@ use crate::gate::{Gate, Permit};
 use crate::kv::block_pool::{BlockPool, Root};
 use crate::pace::Pace;
 use crate::request::{Finish, Output, Request, RequestId, Spec};
-use crate::runner::{Chunk, Logits, LogitsWanted, ModelLimits, ModelRunner, RunnerError, StepBatch};
+use crate::runner::{Chunk, Logits, ModelLimits, ModelRunner, RunnerError, StepBatch, Wanted};
 use crate::sampling::Sampler;
 use crate::schedule::{self, Bounds, Planned};
 use crate::sequence::Sequence;
@@ -358,20 +358,25 @@ impl Engine {
             let (tokens, start) = sequence.chunk(planned.count);
             let blocks = sequence.blocks();
             let covering = (start + tokens.len()).div_ceil(self.limits.block_size);
-            Chunk { tokens, start, blocks: &blocks[..covering], regime: sequence.root.regime, logits: planned.logits }
+            Chunk { tokens, start, blocks: &blocks[..covering], regime: sequence.root.regime, wanted: planned.wanted }
         };
         let batch = StepBatch { chunks: self.plan.iter().map(chunk).collect() };
         self.runner.step(&batch, &mut self.logits)?;
-        let wanted = self.plan.iter().filter(|p| p.logits == LogitsWanted::Last).count();
+        let wanted = self.plan.iter().filter(|p| p.wanted == Wanted::Logits).count();
         if wanted > 0 && (self.logits.rows() != wanted || self.logits.row(0).len() != self.limits.vocab) {
             return Err(RunnerError::Forward(format!("{} rows of logits for {wanted}", self.logits.rows())));
+        }
+        let wanted = self.plan.iter().filter(|p| p.wanted == Wanted::Hidden).map(|p| p.count).sum::<usize>();
+        if wanted > 0 && self.logits.hidden().len() != wanted {
+            return Err(RunnerError::Forward(format!("{} hidden states for {wanted}", self.logits.hidden().len())));
         }
         Ok(())
     }
 
-    /// Turns the logits of the plan into tokens.
+    /// Turns the logits of the plan into tokens, and its hidden states into embeddings.
     fn harvest(&mut self, outputs: &mut Vec<(RequestId, Output)>) {
         let mut rows = 0;
+        let mut hidden = self.logits.hidden();
         let mut failures: Vec<(RequestId, EngineError)> = Vec::new();
         for planned in &self.plan {
             let sequence = &mut self.running[planned.sequence];
@@ -385,8 +390,21 @@ impl Engine {
                 live.prefilled += planned.count;
                 outputs.push((id, Output::Prefill { done: live.prefilled, total: live.to_prefill }));
             }
-            if planned.logits == LogitsWanted::None {
-                continue;
+            match planned.wanted {
+                Wanted::Nothing => continue,
+                Wanted::Hidden => {
+                    let Some(values) = sequence.pool(hidden.by_ref().take(planned.count)) else { continue };
+                    live.finish[sequence.choice as usize] = sequence.finish();
+                    live.open -= 1;
+                    live.permit.shrink_to(live.open);
+                    if values.iter().all(|value| value.is_finite()) {
+                        outputs.push((id, Output::Embedding { values }));
+                    } else {
+                        failures.push((id, EngineError::BadLogits { choice: sequence.choice, index: 0 }));
+                    }
+                    continue;
+                }
+                Wanted::Logits => {}
             }
             let row = self.logits.row(rows);
             rows += 1;

@@ -32,6 +32,8 @@ pub mod sim;
 pub use engine::{Engine, EngineConfig, EngineStats};
 pub use error::{EngineError, Overloaded};
 pub use handle::{Canceller, Ended, EngineHandle, TokenStream};
-pub use request::{CallPart, Choice, Finish, Output, OutputText, Piece, Pushed, Request, RequestId, TokenLogprobs};
+pub use request::{
+    CallPart, Choice, Finish, Goal, Output, OutputText, Piece, Pushed, Request, RequestId, TokenLogprobs,
+};
 pub use runner::{ModelLimits, ModelRunner, Regime, RunnerError, StepCounter, TokenId};
 pub use sampling::Sampling;

@@ -82,10 +82,22 @@ pub struct Choice {
     pub resume: Vec<TokenId>,
 }
 
+/// What a prompt is computed for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Goal {
+    /// Tokens that go on from it.
+    #[default]
+    Answer,
+    /// Its embedding: the mean of its tokens' hidden states, of length 1.
+    Embedding,
+}
+
 /// A prompt and what to do with it.
 pub struct Request {
     /// At least one token.
     pub prompt: Vec<TokenId>,
+    /// What is wanted; for an embedding there is one choice, which gets no tokens.
+    pub goal: Goal,
     /// Most output tokens per choice, resumed ones included; `None` is what the context leaves.
     pub max_tokens: Option<usize>,
     /// No end-of-sequence id is chosen before this many output tokens. Stop strings are not affected.
@@ -159,6 +171,11 @@ pub enum Output {
         /// Where asked for.
         logprobs: Option<Box<TokenLogprobs>>,
     },
+    /// The embedding that a request was for.
+    Embedding {
+        /// As many values as a hidden state has.
+        values: Vec<f32>,
+    },
     /// The end of a request that was answered or cancelled.
     Done {
         /// Per choice.
@@ -185,6 +202,7 @@ impl Output {
 #[derive(Debug)]
 pub(crate) struct Spec {
     pub(crate) prompt_tokens: usize,
+    pub(crate) goal: Goal,
     pub(crate) max_tokens: usize,
     pub(crate) min_tokens: usize,
     pub(crate) eos: Vec<TokenId>,
@@ -219,6 +237,9 @@ impl Request {
         if self.choices.is_empty() || self.choices.len() > MAX_CHOICES {
             return Err(EngineError::invalid("choices", format!("must be 1 to {MAX_CHOICES}")));
         }
+        if self.goal == Goal::Embedding && (self.choices.len() > 1 || !self.choices[0].resume.is_empty()) {
+            return Err(EngineError::invalid("choices", "an embedding is one choice without tokens"));
+        }
         if self.logprobs.is_some_and(|n| n > MAX_TOP_LOGPROBS) {
             return Err(EngineError::invalid("logprobs", format!("must be 0 to {MAX_TOP_LOGPROBS}")));
         }
@@ -233,6 +254,7 @@ impl Request {
         self.sampling.validate(limits.vocab)?;
         Ok(Spec {
             prompt_tokens: prompt,
+            goal: self.goal,
             max_tokens,
             min_tokens: self.min_tokens,
             eos: if self.ignore_eos { Vec::new() } else { self.eos.clone() },

@@ -39,8 +39,8 @@ pub struct Chunk<'a> {
     pub blocks: &'a [BlockId],
     /// The sequence's regime; the same in all its chunks.
     pub regime: Regime,
-    /// Whether the last token's logits are wanted (a prefill chunk that is not the last wants none).
-    pub logits: LogitsWanted,
+    /// What is wanted of it besides its KV.
+    pub wanted: Wanted,
 }
 
 /// What a model computes differently for long texts. It is fixed from the prompt when a request comes, so that a text does not
@@ -54,13 +54,15 @@ pub enum Regime {
     Long,
 }
 
-/// Which rows of a chunk go through the output head.
+/// What is wanted of a chunk besides its KV.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum LogitsWanted {
-    /// None: the chunk only fills the KV.
-    None,
-    /// The last token's row.
-    Last,
+pub enum Wanted {
+    /// Nothing: more of its prompt is to come.
+    Nothing,
+    /// The logits of the last token.
+    Logits,
+    /// The hidden state of every token, after the last norm.
+    Hidden,
 }
 
 /// The input of one step. No sequence appears twice.
@@ -70,12 +72,14 @@ pub struct StepBatch<'a> {
     pub chunks: Vec<Chunk<'a>>,
 }
 
-/// The output of one step: one row of `vocab` f32 per chunk that wanted logits, in chunk order.
-/// The buffer is kept between steps.
+/// The output of one step: one row of `vocab` f32 per chunk that wanted logits, in chunk order, and the hidden states of the
+/// chunks that wanted those. The buffers are kept between steps.
 #[derive(Clone, Debug, Default)]
 pub struct Logits {
     vocab: usize,
     data: Vec<f32>,
+    width: usize,
+    hidden: Vec<f32>,
 }
 
 impl Logits {
@@ -98,6 +102,18 @@ impl Logits {
     /// Row `i` for writing.
     pub fn row_mut(&mut self, i: usize) -> &mut [f32] {
         &mut self.data[i * self.vocab..(i + 1) * self.vocab]
+    }
+
+    /// Makes room for `rows` hidden states of `width` values and gives them, row-major; their content is unspecified.
+    pub fn hidden_mut(&mut self, rows: usize, width: usize) -> &mut [f32] {
+        self.width = width;
+        self.hidden.resize(rows * width, 0.0);
+        &mut self.hidden
+    }
+
+    /// The hidden states, one for each token of the chunks that wanted them.
+    pub fn hidden(&self) -> std::slice::ChunksExact<'_, f32> {
+        self.hidden.chunks_exact(self.width.max(1))
     }
 
     /// All rows, row-major.
@@ -129,7 +145,8 @@ pub trait ModelRunner: Send {
     }
 
     /// Runs one forward pass: writes the K and V of every token of every chunk into its block, then
-    /// leaves one logits row per chunk that wants it in `logits` (which it resizes).
+    /// leaves one logits row per chunk that wants it, and the hidden states that are wanted, in `logits`
+    /// (which it resizes).
     ///
     /// # Errors
     /// [`RunnerError::OutOfMemory`] where the same batch in smaller pieces may work,

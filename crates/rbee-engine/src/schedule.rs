@@ -1,6 +1,6 @@
 //! Which tokens of which sequence the next step computes.
 
-use crate::runner::LogitsWanted;
+use crate::runner::Wanted;
 use crate::sequence::Sequence;
 
 /// A part of one sequence.
@@ -10,7 +10,7 @@ pub(crate) struct Planned {
     pub(crate) sequence: usize,
     /// Tokens to compute.
     pub(crate) count: usize,
-    pub(crate) logits: LogitsWanted,
+    pub(crate) wanted: Wanted,
 }
 
 /// How many tokens a step may have.
@@ -36,8 +36,12 @@ pub(crate) fn plan(running: &[Sequence], bounds: Bounds, plan: &mut Vec<Planned>
     let part = |sequence: usize, most: usize| {
         let pending = running[sequence].pending();
         let count = pending.min(most);
-        let logits = if count == pending { LogitsWanted::Last } else { LogitsWanted::None };
-        Planned { sequence, count, logits }
+        let wanted = match running[sequence].embeds() {
+            true => Wanted::Hidden,
+            false if count == pending => Wanted::Logits,
+            false => Wanted::Nothing,
+        };
+        Planned { sequence, count, wanted }
     };
     if running.len() > budget {
         plan.extend((0..running.len()).map(|i| part(i, 1)));

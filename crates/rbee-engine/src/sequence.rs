@@ -11,7 +11,7 @@ use std::sync::Arc;
 use crate::error::EngineError;
 use crate::kv::block_pool::{Before, BlockPool, Blocks, Root};
 use crate::logits::History;
-use crate::request::{Finish, OutputText, Piece, Pushed, RequestId, Spec, TokenLogprobs};
+use crate::request::{Finish, Goal, OutputText, Piece, Pushed, RequestId, Spec, TokenLogprobs};
 use crate::runner::{BlockId, TokenId};
 use crate::sampling::{Draw, Sampler};
 
@@ -36,6 +36,9 @@ pub(crate) struct Sequence {
     pub(crate) last_step: u64,
     history: History,
     text: Box<dyn OutputText>,
+    /// The sum of the hidden states so far, of a sequence that is to become an embedding. One row after the other is added, so that
+    /// it does not depend on how the prompt was cut.
+    pooled: Vec<f64>,
     finish: Option<Finish>,
 }
 
@@ -72,6 +75,7 @@ impl Sequence {
             last_step: 0,
             history: History::new(&spec.sampling, prompt),
             text,
+            pooled: Vec::new(),
             finish: None,
         };
         for id in resume {
@@ -110,8 +114,8 @@ impl Sequence {
     /// Takes blocks for all its tokens and the next one, of which those that hold its beginning need not be computed.
     /// Gives how many tokens that are; `None`, and nothing taken, when there are too few blocks.
     pub(crate) fn admit(&mut self, pool: &BlockPool, size: usize) -> Option<usize> {
-        // The last token is always computed: its logits are wanted.
-        let most = (self.tokens.len() - 1) / size;
+        // The last token is always computed: its logits are wanted. Of an embedding every token's state is.
+        let most = if self.embeds() { 0 } else { (self.tokens.len() - 1) / size };
         let (mut blocks, contents) = pool.find(self.root, &self.tokens, size, most);
         if !blocks.grow((self.tokens.len() + 1).div_ceil(size)) {
             return None;
@@ -132,6 +136,7 @@ impl Sequence {
     pub(crate) fn preempt(&mut self) {
         self.blocks = None;
         self.contents.clear();
+        self.pooled.clear();
         self.computed = 0;
         self.given = self.tokens.len();
         self.recomputes = true;
@@ -160,6 +165,27 @@ impl Sequence {
             let before = self.contents.last().map_or(Before::Root(self.root), |serial| Before::Content(*serial));
             self.contents.push(blocks.publish(i, before, &self.tokens[i * size..(i + 1) * size]));
         }
+    }
+
+    /// Whether its hidden states are wanted, and no tokens.
+    pub(crate) fn embeds(&self) -> bool {
+        self.spec.goal == Goal::Embedding
+    }
+
+    /// Takes the hidden states of the tokens just computed; the embedding and its end, with those of the last.
+    pub(crate) fn pool<'h>(&mut self, rows: impl Iterator<Item = &'h [f32]>) -> Option<Vec<f32>> {
+        for row in rows {
+            self.pooled.resize(row.len(), 0.0);
+            self.pooled.iter_mut().zip(row).for_each(|(sum, value)| *sum += f64::from(*value));
+        }
+        if self.pending() > 0 {
+            return None;
+        }
+        self.finish = Some(Finish::Stop);
+        // The mean has the direction of the sum.
+        let length = self.pooled.iter().map(|value| value * value).sum::<f64>().sqrt();
+        let scale = if length > 0.0 { length.recip() } else { 0.0 };
+        Some(self.pooled.iter().map(|value| (value * scale) as f32).collect())
     }
 
     /// Chooses the next token from the logits of the last one.

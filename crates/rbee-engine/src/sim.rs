@@ -6,9 +6,7 @@
 //! block table at each step: a wrong table, position or chunk gives wrong tokens or an error.
 
 use crate::request::{OutputText, Piece, Pushed};
-use crate::runner::{
-    BlockId, Logits, LogitsWanted, ModelLimits, ModelRunner, RunnerError, StepBatch, StepCounter, TokenId,
-};
+use crate::runner::{BlockId, Logits, ModelLimits, ModelRunner, RunnerError, StepBatch, StepCounter, TokenId, Wanted};
 
 /// The end-of-sequence id.
 pub const EOS: TokenId = 0;
@@ -204,7 +202,7 @@ impl ModelRunner for SimRunner {
                 self.kv[place] = Some(*id);
             }
         }
-        let wanted = batch.chunks.iter().filter(|chunk| chunk.logits == LogitsWanted::Last);
+        let wanted = batch.chunks.iter().filter(|chunk| chunk.wanted == Wanted::Logits);
         logits.resize(wanted.clone().count(), self.limits.vocab);
         for (row, chunk) in wanted.enumerate() {
             let mut hash = self.model.fold([]);
@@ -215,9 +213,24 @@ impl ModelRunner for SimRunner {
             }
             self.model.fill(hash, logits.row_mut(row));
         }
+        let embedded = batch.chunks.iter().filter(|chunk| chunk.wanted == Wanted::Hidden);
+        let rows = embedded.clone().map(|chunk| chunk.tokens.len()).sum();
+        let tokens = embedded.flat_map(|chunk| chunk.tokens);
+        for (out, id) in logits.hidden_mut(rows, HIDDEN).chunks_exact_mut(HIDDEN).zip(tokens) {
+            out.copy_from_slice(&hidden_state(*id));
+        }
         self.steps.advance();
         Ok(())
     }
+}
+
+/// Values of a simulated hidden state.
+const HIDDEN: usize = 8;
+
+/// The hidden state of a token, wherever it stands: exact in f32, so that sums of them are exact.
+pub fn hidden_state(id: TokenId) -> [f32; HIDDEN] {
+    let hash = mix(0, u64::from(id)).to_le_bytes();
+    hash.map(|byte| f32::from(byte) - 127.5)
 }
 
 #[cfg(test)]

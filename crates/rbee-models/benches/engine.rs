@@ -10,9 +10,10 @@ use std::io::{BufWriter, Write};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use rbee_engine::runner::{BlockId, Chunk, Logits, LogitsWanted, ModelRunner, Regime, StepBatch};
+use rbee_engine::runner::{BlockId, Chunk, Logits, ModelRunner, Regime, StepBatch, Wanted};
 use rbee_engine::{
-    Choice, Engine, EngineConfig, Output, OutputText, Piece, Pushed, Request, RequestId, Sampling, StepCounter, TokenId,
+    Choice, Engine, EngineConfig, Goal, Output, OutputText, Piece, Pushed, Request, RequestId, Sampling, StepCounter,
+    TokenId,
 };
 use rbee_models::{CandleRunner, ModelFiles, RunnerOptions, load};
 use serde_json::{Map, Value, json};
@@ -109,8 +110,7 @@ fn step(runner: &mut CandleRunner, chunks: Vec<Chunk<'_>>) -> Duration {
 fn touch(runner: &mut CandleRunner) {
     let all: Vec<[BlockId; 1]> = (0..(POSITIONS / BLOCK) as u32).map(|i| [BlockId(i)]).collect();
     for blocks in all.chunks(256) {
-        let chunk =
-            |blocks| Chunk { tokens: &[1], start: 0, blocks, regime: Regime::Usual, logits: LogitsWanted::None };
+        let chunk = |blocks| Chunk { tokens: &[1], start: 0, blocks, regime: Regime::Usual, wanted: Wanted::Nothing };
         step(runner, blocks.iter().map(|blocks| chunk(&blocks[..])).collect());
     }
 }
@@ -134,7 +134,7 @@ fn decode(runner: &mut CandleRunner, rounds: usize) {
                 start: context - 1,
                 blocks,
                 regime: Regime::Usual,
-                logits: LogitsWanted::Last,
+                wanted: Wanted::Logits,
             });
             times.push(step(runner, chunks.collect()).as_secs_f64());
         }
@@ -165,6 +165,7 @@ impl OutputText for NoText {
 fn request(prompt: Vec<TokenId>, tokens: usize) -> Request {
     Request {
         prompt,
+        goal: Goal::Answer,
         max_tokens: Some(tokens),
         min_tokens: 0,
         eos: Vec::new(),

@@ -153,6 +153,11 @@ impl Decoder {
         layers.sum::<u64>() + self.embedding.held() + head + norm(&self.norm)
     }
 
+    /// Some rows of a hidden state after the last norm.
+    pub(crate) fn states(&self, hidden: &Tensor) -> Result<Vec<f32>> {
+        self.norm.forward(hidden)?.flatten_all()?.to_vec1::<f32>()
+    }
+
     /// Logits of some rows of a hidden state: `[rows, hidden]` to `rows * vocab` values.
     pub(crate) fn logits(&self, config: &ModelConfig, hidden: &Tensor) -> Result<Vec<f32>> {
         let mut logits = self.head.forward(&self.norm.forward(hidden)?)?.flatten_all()?.to_vec1::<f32>()?;

@@ -4,9 +4,7 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::Tensor;
 use half::{bf16, f16};
-use rbee_engine::runner::{
-    Logits, LogitsWanted, ModelLimits, ModelRunner, Regime, RunnerError, StepBatch, StepCounter,
-};
+use rbee_engine::runner::{Logits, ModelLimits, ModelRunner, Regime, RunnerError, StepBatch, StepCounter, Wanted};
 use rbee_kernels::Isa;
 use rbee_kernels::attention::{BLOCK, PARTIAL};
 use rbee_kernels::candle::Compute;
@@ -231,11 +229,24 @@ impl ModelRunner for CandleRunner {
         .map_err(failed)?;
         let mut row = 0u32;
         let mut wanted = Vec::new();
+        let mut states = Vec::new();
         for chunk in &batch.chunks {
+            let first = row;
             row += chunk.tokens.len() as u32;
-            if chunk.logits == LogitsWanted::Last {
-                wanted.push(row - 1);
+            match chunk.wanted {
+                Wanted::Nothing => {}
+                Wanted::Logits => wanted.push(row - 1),
+                Wanted::Hidden => states.extend(first..row),
             }
+        }
+        let count = states.len();
+        let out = logits.hidden_mut(count, self.config.hidden);
+        if count > 0 {
+            let states = Tensor::from_vec(states, count, hidden.device())
+                .and_then(|rows| hidden.index_select(&rows, 0))
+                .and_then(|rows| self.decoder.states(&rows))
+                .map_err(failed)?;
+            out.copy_from_slice(&states);
         }
         logits.resize(wanted.len(), self.limits.vocab);
         if wanted.is_empty() {

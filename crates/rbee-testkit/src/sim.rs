@@ -2,7 +2,7 @@
 //! so loss, order, mix-ups and exact continuation can be checked without a second run.
 
 pub use rbee_engine::sim::word;
-use rbee_engine::sim::{encode, expected_tokens};
+use rbee_engine::sim::{encode, expected_tokens, hidden_state};
 use rbee_wire::event::Token;
 
 /// The text of the first `count` tokens that a simulated model gives to a prompt.
@@ -26,6 +26,16 @@ pub fn check(seed: u64, prompt: &str, tokens: &[Token]) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// What a simulated worker must say of a text to embed: the mean of its bytes' states, of length 1.
+pub fn embedding(text: &str) -> Vec<f32> {
+    let sums = encode(text).into_iter().fold([0.0f64; 8], |sums, id| {
+        let state = hidden_state(id);
+        std::array::from_fn(|i| sums[i] + f64::from(state[i]))
+    });
+    let scale = sums.iter().map(|sum| sum * sum).sum::<f64>().sqrt().recip();
+    sums.iter().map(|sum| (sum * scale) as f32).collect()
 }
 
 #[cfg(test)]

@@ -289,6 +289,10 @@ impl TextSide for ModelText {
         Ok(Encoded { prompt, note: Some(note), answer: Answer::GoesOn })
     }
 
+    fn embedded(&self, text: &str) -> Result<Vec<TokenId>, ErrorBody> {
+        self.tokenizer.encode_prompt(text, Specials::AsText).map_err(|error| refused(&error))
+    }
+
     fn tokenize(&self, text: &str) -> Result<Vec<TokenId>, ErrorBody> {
         self.tokenizer.encode(text, Specials::AsText).map_err(|error| refused(&error))
     }

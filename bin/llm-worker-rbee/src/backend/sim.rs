@@ -92,6 +92,10 @@ impl TextSide for SimSide {
         Ok(Encoded { prompt: sim::encode(text), note: None, answer: Answer::Text })
     }
 
+    fn embedded(&self, text: &str) -> Result<Vec<TokenId>, ErrorBody> {
+        Ok(sim::encode(text))
+    }
+
     fn tokenize(&self, text: &str) -> Result<Vec<TokenId>, ErrorBody> {
         Ok(sim::encode(text))
     }

@@ -1,7 +1,7 @@
 use std::sync::{Arc, Mutex};
 
-use rbee_engine::runner::LogitsWanted;
-use rbee_engine::sim::{EOS, Shape, SimText, expected_tokens};
+use rbee_engine::runner::Wanted;
+use rbee_engine::sim::{EOS, Shape, SimText, expected_tokens, hidden_state};
 use rbee_engine::{EngineError, Finish, Overloaded};
 
 use super::*;
@@ -235,7 +235,7 @@ fn watched(config: EngineConfig) -> (Engine, Steps) {
     let log = Arc::clone(&seen);
     let engine = hooked(config, move |batch, logits| {
         if logits.is_none() {
-            let chunks = batch.chunks.iter().map(|c| (c.tokens.len(), c.start, c.logits == LogitsWanted::Last));
+            let chunks = batch.chunks.iter().map(|c| (c.tokens.len(), c.start, c.wanted == Wanted::Logits));
             log.lock().unwrap().push(chunks.collect::<Vec<_>>());
         }
         Ok(())
@@ -382,7 +382,7 @@ fn choices_of_one_request_differ_and_repeat() {
 fn logits_that_are_not_numbers_end_only_their_request() {
     let mut engine = hooked(CONFIG, |batch, logits| {
         if let Some(logits) = logits {
-            for (row, chunk) in batch.chunks.iter().filter(|c| c.logits == LogitsWanted::Last).enumerate() {
+            for (row, chunk) in batch.chunks.iter().filter(|c| c.wanted == Wanted::Logits).enumerate() {
                 if chunk.start == 5 {
                     logits.row_mut(row)[3] = f32::NAN;
                 }
@@ -397,6 +397,42 @@ fn logits_that_are_not_numbers_end_only_their_request() {
     assert_eq!(failure(&outputs[&bad]), EngineError::BadLogits { choice: 0, index: 3 });
     assert_eq!(ids(&outputs[&bad], 0), expected_tokens(0, &[2; 3], 3));
     assert_eq!(in_use(&engine), (0, 0, 0));
+}
+
+/// The mean of the hidden states, of length 1: the same in one piece, in chunks, beside others, with its beginning cached or after a
+/// preemption.
+#[test]
+fn an_embedding_does_not_depend_on_how_its_prompt_was_computed() {
+    let prompt: Vec<TokenId> = (0..40).map(|i| i * 7 % 256).collect();
+    let sums = prompt.iter().fold([0.0f64; 8], |sums, id| {
+        let state = hidden_state(*id);
+        std::array::from_fn(|i| sums[i] + f64::from(state[i]))
+    });
+    let length = sums.iter().map(|sum| sum * sum).sum::<f64>().sqrt();
+    let embed = || Request { goal: Goal::Embedding, max_tokens: None, ..request(&prompt, 1) };
+    let vectors = |outputs: &[Output]| -> Vec<Vec<f32>> {
+        let of = |output: &Output| if let Output::Embedding { values } = output { Some(values.clone()) } else { None };
+        outputs.iter().filter_map(of).collect()
+    };
+    let mut engine = engine(SimModel::default(), 64, CONFIG);
+    let alone = answer(&mut engine, embed());
+    let values = vectors(&alone);
+    assert_eq!(values.len(), 1);
+    for (value, sum) in values[0].iter().zip(sums) {
+        assert!((f64::from(*value) - sum / length).abs() < 1e-6, "{value} {}", sum / length);
+    }
+    assert!(matches!(alone.last(), Some(Output::Done { completion_tokens: 0, cached_tokens: 0, .. })), "{alone:?}");
+    assert_eq!(finishes(&alone), [Finish::Stop]);
+    // Now its blocks are there, and others run beside it.
+    let others: Vec<_> = (1..4).map(|id| engine.submit(request(&[id; 30], 20)).unwrap()).collect();
+    let id = engine.submit(embed()).unwrap();
+    let outputs = run(&mut engine);
+    assert_eq!(vectors(&outputs[&id]), values);
+    assert!(matches!(outputs[&id].last(), Some(Output::Done { cached_tokens: 0, .. })));
+    assert!(others.iter().all(|id| ids(&outputs[id], 0).len() == 20));
+    assert_eq!(engine.stats().kv_blocks_used, 0);
+    let two = Request { choices: vec![choice(), choice()], ..embed() };
+    assert!(matches!(engine.submit(two), Err(EngineError::Invalid { .. })));
 }
 
 #[test]

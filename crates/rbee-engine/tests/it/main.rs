@@ -10,8 +10,8 @@ use std::collections::BTreeMap;
 use rbee_engine::runner::{Logits, StepBatch};
 use rbee_engine::sim::{SimModel, SimRunner, word};
 use rbee_engine::{
-    Choice, Engine, EngineConfig, ModelLimits, ModelRunner, Output, OutputText, Piece, Pushed, Request, RequestId,
-    RunnerError, Sampling, StepCounter, TokenId,
+    Choice, Engine, EngineConfig, Goal, ModelLimits, ModelRunner, Output, OutputText, Piece, Pushed, Request,
+    RequestId, RunnerError, Sampling, StepCounter, TokenId,
 };
 
 const CONFIG: EngineConfig = EngineConfig { slots: 4, step_tokens: 32, prefill_chunk: 8, queue: 8 };
@@ -92,6 +92,7 @@ fn stopping(stop: &str) -> Choice {
 fn request(prompt: &[TokenId], max_tokens: usize) -> Request {
     Request {
         prompt: prompt.to_vec(),
+        goal: Goal::Answer,
         max_tokens: Some(max_tokens),
         min_tokens: 0,
         eos: vec![rbee_engine::sim::EOS],

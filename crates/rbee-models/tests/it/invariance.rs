@@ -1,7 +1,9 @@
 //! A row's logits are the same bits alone, in any chunking, beside any others, in any blocks, on any threads.
 
+use std::path::Path;
+
 use proptest::prelude::*;
-use rbee_engine::runner::{Chunk, Logits, LogitsWanted, ModelRunner, Regime, StepBatch};
+use rbee_engine::runner::{Chunk, Logits, ModelRunner, Regime, StepBatch, Wanted};
 use rbee_models::{KvType, RunnerOptions};
 
 use crate::support::{blocks, logits, runner, tinybee, with_kv};
@@ -40,9 +42,9 @@ proptest! {
         let own = blocks(300, 2, len);
         let mut chunks: Vec<Chunk<'_>> = rest
             .iter()
-            .map(|(tokens, blocks)| Chunk { tokens, start: 0, blocks, regime: Regime::Usual, logits: LogitsWanted::Last })
+            .map(|(tokens, blocks)| Chunk { tokens, start: 0, blocks, regime: Regime::Usual, wanted: Wanted::Logits })
             .collect();
-        chunks.push(Chunk { tokens: &tokens[len - 1..], start: len - 1, blocks: &own, regime: Regime::Usual, logits: LogitsWanted::Last });
+        chunks.push(Chunk { tokens: &tokens[len - 1..], start: len - 1, blocks: &own, regime: Regime::Usual, wanted: Wanted::Logits });
         let mut out = Logits::default();
         let last = chunks.len() - 1;
         other.step(&StepBatch { chunks }, &mut out).unwrap();
@@ -57,4 +59,37 @@ fn two_partials_of_attention_are_the_same_bits_in_prefill_and_decode() {
     let want = logits(&mut runner, &tokens, &[], &blocks(0, 1, 1100));
     let got = logits(&mut runner, &tokens, &[1000, 30, 1, 1, 60], &blocks(128, 1, 1100));
     assert!(got == want);
+}
+
+/// A hidden state is what the head makes logits of: those of the fixture's own file, and of no other row.
+#[test]
+fn hidden_states_are_those_of_the_last_norm() {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/llama3-gqa");
+    let mut runner = runner(&folder, &with_kv(KvType::F32));
+    let head = tensor(&folder.join("model.safetensors"), "lm_head.weight");
+    let (tokens, other): (Vec<u32>, Vec<u32>) = ((1..40).collect(), (50..60).collect());
+    let (own, beside) = (blocks(0, 1, 39), blocks(8, 1, 10));
+    let mut out = Logits::default();
+    let chunk = |tokens, blocks, wanted| Chunk { tokens, start: 0, blocks, regime: Regime::Usual, wanted };
+    let chunks = vec![chunk(&other, &beside, Wanted::Logits), chunk(&tokens, &own, Wanted::Hidden)];
+    runner.step(&StepBatch { chunks }, &mut out).unwrap();
+    assert_eq!((out.rows(), out.hidden().len()), (1, 39));
+    let last = out.hidden().next_back().unwrap().to_vec();
+    let want = logits(&mut runner, &tokens, &[], &blocks(16, 1, 39));
+    assert_eq!(head.len(), want.len() * last.len());
+    for (row, want) in head.chunks_exact(last.len()).zip(&want) {
+        let got: f32 = row.iter().zip(&last).map(|(a, b)| a * b).sum();
+        assert!((got - want).abs() < 1e-3, "{got} {want}");
+    }
+}
+
+/// The f32 values of a tensor in a file.
+fn tensor(path: &Path, name: &str) -> Vec<f32> {
+    let bytes = std::fs::read(path).unwrap();
+    let (length, rest) = bytes.split_first_chunk::<8>().unwrap();
+    let (header, data) = rest.split_at(usize::try_from(u64::from_le_bytes(*length)).unwrap());
+    let header: serde_json::Value = serde_json::from_slice(header).unwrap();
+    let at: [usize; 2] = serde_json::from_value(header[name]["data_offsets"].clone()).unwrap();
+    assert_eq!(header[name]["dtype"], "F32");
+    data[at[0]..at[1]].as_chunks::<4>().0.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
 }

@@ -6,7 +6,7 @@ use std::path::Path;
 
 use proptest::prelude::*;
 use rbee_engine::{
-    Choice, Engine, EngineConfig, Output, OutputText, Piece, Pushed, Request, RequestId, Sampling, TokenId,
+    Choice, Engine, EngineConfig, Goal, Output, OutputText, Piece, Pushed, Request, RequestId, Sampling, TokenId,
 };
 use rbee_models::{KvType, ModelFiles, Quantize, RunnerOptions, inspect};
 
@@ -45,6 +45,7 @@ impl Case {
         let choice = |number| Choice { text: Box::new(NoText), resume: resume(number) };
         Request {
             prompt: self.prompt.clone(),
+            goal: Goal::Answer,
             max_tokens: Some(self.max_tokens),
             min_tokens: 0,
             eos: vec![7],

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use rbee_engine::StepCounter;
-use rbee_engine::runner::{BlockId, Chunk, Logits, LogitsWanted, ModelRunner, StepBatch};
+use rbee_engine::runner::{BlockId, Chunk, Logits, ModelRunner, StepBatch, Wanted};
 use rbee_models::{CandleRunner, KvType, ModelFiles, RunnerOptions, load};
 
 /// The repository's own model.
@@ -36,7 +36,7 @@ pub fn logits(runner: &mut CandleRunner, tokens: &[u32], cuts: &[usize], blocks:
     while start < tokens.len() {
         let len = cuts.next().unwrap_or(usize::MAX).clamp(1, tokens.len() - start);
         let regime = runner.regime(tokens.len());
-        let chunk = Chunk { tokens: &tokens[start..start + len], start, blocks, regime, logits: LogitsWanted::Last };
+        let chunk = Chunk { tokens: &tokens[start..start + len], start, blocks, regime, wanted: Wanted::Logits };
         runner.step(&StepBatch { chunks: vec![chunk] }, &mut out).unwrap();
         start += len;
     }
@@ -63,7 +63,7 @@ pub fn followed(runner: &mut CandleRunner, prompt: &[u32], following: &[u32]) ->
     let ends = prompt.len()..tokens.len();
     let rows = ends.map(|end| {
         let start = if end == prompt.len() { 0 } else { end - 1 };
-        let chunk = Chunk { tokens: &tokens[start..end], start, blocks: &blocks, regime, logits: LogitsWanted::Last };
+        let chunk = Chunk { tokens: &tokens[start..end], start, blocks: &blocks, regime, wanted: Wanted::Logits };
         runner.step(&StepBatch { chunks: vec![chunk] }, &mut out).unwrap();
         out.row(0).to_vec()
     });
@@ -78,7 +78,7 @@ pub fn greedy(runner: &mut CandleRunner, prompt: &[u32], n: usize) -> Vec<u32> {
     let mut tokens = prompt.to_vec();
     let mut start = 0;
     while tokens.len() < prompt.len() + n {
-        let chunk = Chunk { tokens: &tokens[start..], start, blocks: &blocks, regime, logits: LogitsWanted::Last };
+        let chunk = Chunk { tokens: &tokens[start..], start, blocks: &blocks, regime, wanted: Wanted::Logits };
         runner.step(&StepBatch { chunks: vec![chunk] }, &mut out).unwrap();
         start = tokens.len();
         let next = argmax(out.row(0));
