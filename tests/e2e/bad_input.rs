@@ -73,6 +73,12 @@ fn wrong(field: &Field) -> Vec<String> {
             "[{\"role\":\"user\",\"content\":\"\",\"x\":1}]",
         ]),
         Kind::Inputs => texts(&["[]", "\"a\"", "[1]", "[\"\"]", "[[]]", "[[-1]]", "[{}]"]),
+        Kind::Hex(digits) => {
+            let of = |digit: &str, count| format!("\"{}\"", digit.repeat(count));
+            let wrong = vec![of("a", digits - 1), of("a", digits + 1), of("A", digits), of("g", digits)];
+            [texts(&["1", "\"\"", "[]"]), wrong].concat()
+        }
+        Kind::Words(_) => texts(&["\"admin\"", "[]", "[\"king\"]", "[1]", "[\"admin\",\"admin\",\"admin\"]", "{}"]),
         Kind::Tokens => texts(&["[-1]", "1", "[4294967296]"]),
         Kind::Object => texts(&["1", "[]", "\"{}\""]),
         Kind::Tools => texts(&[
@@ -100,6 +106,7 @@ fn body(row: &OperationRow, name: &str, value: Option<&str>) -> String {
             let value = match field.kind {
                 Kind::Int(..) => "1".to_owned(),
                 Kind::Model => "\"tinybee\"".to_owned(),
+                Kind::Hex(digits) => format!("\"{}\"", "a".repeat(digits)),
                 _ => format!("\"{CANARY}\""),
             };
             fields.push(format!("\"{}\":{value}", field.name));

@@ -12,6 +12,7 @@ mod families;
 mod faults;
 mod infer;
 mod jobs;
+mod keys;
 mod kit;
 mod loading;
 mod metrics;

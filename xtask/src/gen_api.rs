@@ -10,7 +10,7 @@ use rbee_wire::op::INFER_FIELDS;
 pub fn page() -> String {
     let mut out = String::from(
         "# The OpenAI API\n\n\
-         Point a client at `http://127.0.0.1:7833/v1`; any key will do while the queen has no token. `model` is whatever `rbee infer \
+         Point a client at `http://127.0.0.1:7833/v1`; any key will do while the queen has no token. With one, `rbee key create --name NAME` makes keys (`OPENAI_API_KEY`), with limits if wanted: over one it is `429` with `rate_limit_exceeded` and `Retry-After`. `model` is whatever `rbee infer \
          --model` takes, or an alias; without one the default answers. `GET /v1/models` lists what serves, the aliases and the built-in \
          model. A model that is not loaded is loaded: a stream's headers come after 10 s at the latest and comments fill the silence, a whole \
          answer waits.\n\n\

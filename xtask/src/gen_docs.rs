@@ -4,10 +4,10 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use rbee_wire::ErrorCode;
 use rbee_wire::fields::{Kind, Need};
 use rbee_wire::op::{Built, OPERATIONS, Target};
 use rbee_wire::routes::{self, Route};
+use rbee_wire::{Access, ErrorCode};
 
 /// What to do with what differs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -72,6 +72,10 @@ fn kind(kind: Kind) -> String {
         Kind::Texts(max) => format!("text or list of at most {max}"),
         Kind::Bias => "object of token id to bias, -100 to 100".into(),
         Kind::Messages => "list of `{role, content, reasoning_content?, tool_calls?, tool_call_id?, name?}`".into(),
+        Kind::Hex(digits) => format!("{digits} lower-case hexadecimal digits"),
+        Kind::Words(words) => {
+            format!("list of {}", words.iter().map(|word| format!("`{word}`")).collect::<Vec<_>>().join(", "))
+        }
         Kind::Tokens => "list of token ids".into(),
         Kind::Inputs => "list of texts or lists of token ids".into(),
         Kind::Object => "object".into(),
@@ -82,12 +86,24 @@ fn kind(kind: Kind) -> String {
     }
 }
 
+fn open_to(access: Access) -> &'static str {
+    match access {
+        Access::Public => "everybody",
+        Access::Inference => "`inference`",
+        Access::Admin => "`admin`",
+    }
+}
+
 fn http() -> String {
-    let mut out = format!("{HEAD}# HTTP\n");
+    let mut out = format!(
+        "{HEAD}# HTTP\n\nWith a token set, every route but the public ones asks for it, or for a key, as `Authorization: Bearer`. Keys are the \
+         queen's: one with the scope `inference` opens what is marked so, one with `admin` everything. An `inference` key sees, hears and cancels its \
+         own jobs; others' are not there for it.\n"
+    );
     for (title, all) in [("Queen", routes::QUEEN), ("Hive", routes::HIVE), ("Worker", routes::WORKER)] {
-        let _ = writeln!(out, "\n## {title}\n\n| method | path | |\n|---|---|---|");
-        for Route { method, path, about } in all {
-            let _ = writeln!(out, "| {method} | `{path}` | {about} |");
+        let _ = writeln!(out, "\n## {title}\n\n| method | path | open to | |\n|---|---|---|---|");
+        for Route { method, path, access, about } in all {
+            let _ = writeln!(out, "| {method} | `{path}` | {} | {about} |", open_to(*access));
         }
     }
     let _ = writeln!(
@@ -97,8 +113,14 @@ fn http() -> String {
     for row in OPERATIONS {
         let target = if row.target == Target::Queen { "queen" } else { "hive" };
         let built = if row.built == Built::Yes { "" } else { " Not built yet: ends in `NOT_IMPLEMENTED`." };
-        let _ =
-            writeln!(out, "\n### `{}`\n\n{} Carried out by the {target}; `{}`.{built}", row.name, row.about, row.verb);
+        let _ = writeln!(
+            out,
+            "\n### `{}`\n\n{} Open to {}, carried out by the {target}; `{}`.{built}",
+            row.name,
+            row.about,
+            open_to(row.access),
+            row.verb
+        );
         if !row.fields.is_empty() {
             let _ = writeln!(out, "\n| field | | holds | meaning |\n|---|---|---|---|");
         }

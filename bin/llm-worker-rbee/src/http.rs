@@ -47,7 +47,7 @@ struct Live {
 
 /// The routes of a worker.
 pub fn router(status: Status, clock: Clock) -> Router {
-    let guard = Guard::bearer(&status.charge().bearer).with_public(&[routes::HEALTH]);
+    let guard = Guard::of(Some(&status.charge().bearer), routes::WORKER);
     let router = Router::new()
         .route(routes::HEALTH, get(|| async { Json(json!({ "ok": true })) }))
         .route(routes::WORKER_READY, get(ready))

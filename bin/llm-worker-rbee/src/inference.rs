@@ -81,7 +81,7 @@ struct StreamFacts {
 /// # Errors
 /// Whatever the request is refused for; nothing of it is kept then.
 pub fn begin(status: &Status, loaded: Arc<Loaded>, request: InferenceRequest) -> Result<Inference, ErrorBody> {
-    let InferenceRequest { job_id, generation, resume, .. } = request;
+    let InferenceRequest { job_id, generation, resume, tenant, .. } = request;
     let facts = |seed, note| StreamFacts {
         job_id: job_id.clone(),
         worker_id: status.charge().worker_id.clone(),
@@ -91,8 +91,8 @@ pub fn begin(status: &Status, loaded: Arc<Loaded>, request: InferenceRequest) ->
         loaded: Arc::clone(&loaded),
         status: status.clone(),
     };
-    // One owner until there are keys.
-    let tenant = [0; 16];
+    // Requests without a key share what they cached.
+    let tenant = tenant.map_or([0; 16], |tenant| tenant.0);
     if !generation.embed.is_empty() {
         let embeddings = Embeddings::begin(Arc::clone(&loaded), &generation.embed, tenant)?;
         status.touch();

@@ -6,11 +6,12 @@ use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
-use axum::{Json, Router};
+use axum::{Extension, Json, Router};
 use bytes::Bytes;
+use futures::{Stream, StreamExt};
 use prometheus_client::encoding::prometheus_text::CONTENT_TYPE;
 use rbee_scheduler::Event as Heard;
-use rbee_service::{ApiError, Guard, JsonBytes, Shutdown, protect, sse};
+use rbee_service::{ApiError, BrokeOff, Caller, Guard, JsonBytes, Shutdown, protect, sse};
 use rbee_wire::hive::HiveHeartbeat;
 use rbee_wire::job::JobAccepted;
 use rbee_wire::view::{DaemonReady, InfoReply, JobList, JobState, JobView, StatusView};
@@ -19,9 +20,10 @@ use rbee_wire::{ErrorBody, ErrorCode, JobRequest, ModelRef, Operation, PROTOCOL,
 use serde_json::{Value, json};
 
 use crate::jobs::Trail;
+use crate::keys::Key;
 use crate::metrics::Seen;
 use crate::ops::Operations;
-use crate::submit::{Leaving, cancel, cancel_if_alone, draining, listen, submit};
+use crate::submit::{Leaving, cancel_if_alone, draining, listen, submit};
 use crate::{Reach, Stop, openai};
 
 /// State of the routes.
@@ -35,6 +37,8 @@ pub struct Api {
     pub stop: std::sync::Arc<Stop>,
     /// Names for models.
     pub aliases: std::sync::Arc<std::collections::BTreeMap<String, ModelRef>>,
+    /// Folders from which a key without the scope `admin` may have models loaded.
+    pub model_dirs: std::sync::Arc<[std::path::PathBuf]>,
     /// How long a job goes on without a listener.
     pub grace: Duration,
     /// From where workers may be.
@@ -111,17 +115,20 @@ async fn shutdown(State(api): State<Api>, JsonBytes(body): JsonBytes) -> Result<
 
 async fn post_job(
     State(api): State<Api>,
+    Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     JsonBytes(body): JsonBytes,
 ) -> Result<Response, ApiError> {
     let request = JobRequest::parse(&body)?;
+    let row = request.operation().row();
+    caller.may(row.access, &format!("`{}`", row.name))?;
     let key = match headers.get("idempotency-key") {
         None => None,
         Some(value) => Some(value.to_str().map_err(|_| {
             ErrorBody::new(ErrorCode::InvalidRequest, "an idempotency key has visible ASCII characters only")
         })?),
     };
-    let (job, unclaimed) = submit(&api, request, key.map(|key| (key, &body[..]))).await?;
+    let (job, unclaimed) = submit(&api, &caller, request, key.map(|key| (key, &body[..]))).await?;
     let leaving = if unclaimed.is_some() { Leaving::Cancels } else { Leaving::Grace };
     if let Some(unclaimed) = unclaimed {
         unclaimed.claimed();
@@ -135,16 +142,24 @@ async fn post_job(
     Ok((StatusCode::ACCEPTED, Json(JobAccepted { job_id: job.id.clone(), sse_url })).into_response())
 }
 
-async fn list_jobs(State(api): State<Api>) -> Json<JobList> {
-    Json(JobList { jobs: api.ops.jobs.list() })
+async fn list_jobs(State(api): State<Api>, Extension(caller): Extension<Caller>) -> Json<JobList> {
+    Json(JobList { jobs: api.ops.jobs.list(&caller) })
 }
 
-async fn get_job(State(api): State<Api>, Path(id): Path<String>) -> Result<Json<JobView>, ApiError> {
-    Ok(Json(api.ops.jobs.find(&id)?.view(api.ops.jobs.now(), Trail::Shown)))
+async fn get_job(
+    State(api): State<Api>,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
+) -> Result<Json<JobView>, ApiError> {
+    Ok(Json(api.ops.jobs.find(&caller, &id)?.view(api.ops.jobs.now(), Trail::Shown)))
 }
 
-async fn cancel_job(State(api): State<Api>, Path(id): Path<String>) -> Result<Json<Value>, ApiError> {
-    let job = api.ops.jobs.find(&id)?;
+async fn cancel_job(
+    State(api): State<Api>,
+    Extension(caller): Extension<Caller>,
+    Path(id): Path<String>,
+) -> Result<Json<Value>, ApiError> {
+    let job = api.ops.jobs.find(&caller, &id)?;
     if job.log.is_over() {
         return Err(ErrorBody::new(ErrorCode::JobOver, format!("job {} has ended already", job.id)).into());
     }
@@ -152,7 +167,7 @@ async fn cancel_job(State(api): State<Api>, Path(id): Path<String>) -> Result<Js
         let message = format!("`{}` cannot be cancelled once it runs", job.request.operation().name());
         return Err(ErrorBody::new(ErrorCode::JobOver, message).into());
     }
-    cancel(&api, &job).await;
+    api.ops.cancel(&job, "somebody cancelled it").await;
     Ok(Json(json!({ "cancelled": true })))
 }
 
@@ -163,11 +178,12 @@ struct After {
 
 async fn stream_job(
     State(api): State<Api>,
+    Extension(caller): Extension<Caller>,
     Path(id): Path<String>,
     Query(query): Query<After>,
     headers: HeaderMap,
 ) -> Result<Response, ApiError> {
-    let job = api.ops.jobs.find(&id)?;
+    let job = api.ops.jobs.find(&caller, &id)?;
     let after =
         match headers.get("last-event-id") {
             None => query.after,
@@ -175,7 +191,23 @@ async fn stream_job(
                 ErrorBody::new(ErrorCode::InvalidRequest, "Last-Event-ID must be the `id` of an event")
             })?),
         };
-    Ok(sse::response(listen(&api, &job, after, Leaving::Grace)))
+    let listener = listen(&api, &job, after, Leaving::Grace);
+    Ok(match api.ops.keys.of(&caller)? {
+        // Its own jobs end in order when a key is revoked.
+        Some(key) if !job.is_of(&key) => sse::response(while_open(listener, &key)),
+        _ => sse::response(listener),
+    })
+}
+
+/// A stream that breaks off when the key which it was opened with is revoked.
+fn while_open<S>(stream: S, key: &Key) -> impl Stream<Item = Result<Bytes, BrokeOff>> + use<S>
+where
+    S: Stream<Item = Result<Bytes, BrokeOff>>,
+{
+    let (closed, broken) = (key.closed().clone(), key.closed().clone());
+    let end = futures::stream::once(async move { broken.is_cancelled() });
+    let end = end.filter_map(|broken| std::future::ready(broken.then_some(Err(BrokeOff))));
+    stream.take_until(closed.cancelled_owned()).chain(end)
 }
 
 fn check_version(protocol: u32) -> Result<(), ErrorBody> {
@@ -215,7 +247,8 @@ async fn hive_heartbeat(State(api): State<Api>, JsonBytes(body): JsonBytes) -> R
 }
 
 /// The fleet twice a second, as `data` events that hold a [`StatusView`].
-async fn heartbeats(State(api): State<Api>) -> Response {
+async fn heartbeats(State(api): State<Api>, Extension(caller): Extension<Caller>) -> Result<Response, ApiError> {
+    let key = api.ops.keys.of(&caller)?;
     let views = futures::stream::unfold((api, 0u64), |(api, id)| async move {
         if id > 0 {
             tokio::select! {
@@ -236,5 +269,8 @@ async fn heartbeats(State(api): State<Api>) -> Response {
         rbee_wire::sse::write_event(&mut frame, id, &json);
         Some((Bytes::from(frame), (api, id + 1)))
     });
-    sse::infallible(views)
+    Ok(match key {
+        Some(key) => sse::response(while_open(views.map(Ok), &key)),
+        None => sse::infallible(views),
+    })
 }

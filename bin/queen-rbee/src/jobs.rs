@@ -6,12 +6,15 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rbee_service::{Clock, JobLog, random_hex};
+use rbee_service::{Caller, Clock, JobLog, random_hex};
 use rbee_wire::event::{ChoiceEnd, Done, Event, FinishReason, Timings, Usage};
 use rbee_wire::view::{Decision, JobState, JobView};
-use rbee_wire::{ErrorBody, ErrorCode, Incarnation, JobId, JobRequest, ModelRef, Operation, RequestId, WorkerId};
+use rbee_wire::{
+    ErrorBody, ErrorCode, Incarnation, JobId, JobRequest, KeyId, ModelRef, Operation, RequestId, Scope, WorkerId,
+};
 use tokio_util::sync::CancellationToken;
 
+use crate::keys::{Key, Permit};
 use crate::metrics::{Ended, Metrics};
 
 /// Decisions kept of one job.
@@ -36,6 +39,8 @@ pub struct Job {
     pub request_id: RequestId,
     /// Its events.
     pub log: Arc<JobLog>,
+    /// The key it was posted with.
+    pub key: Option<Arc<Key>>,
     /// When it was posted, on the queen's clock.
     pub posted: Duration,
     /// Goes on when nobody listens.
@@ -45,6 +50,8 @@ pub struct Job {
     /// Where its end is counted.
     pub metrics: Arc<Metrics>,
     facts: Mutex<Facts>,
+    /// What its key has less of while it lives.
+    permit: Mutex<Option<Permit>>,
 }
 
 /// What changes in a job's life.
@@ -83,6 +90,17 @@ impl Job {
     /// Reads or changes its facts; do not wait meanwhile.
     pub fn facts(&self) -> MutexGuard<'_, Facts> {
         self.facts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether it was posted with this key.
+    pub fn is_of(&self, key: &Key) -> bool {
+        self.key.as_ref().is_some_and(|own| own.id() == key.id())
+    }
+
+    /// Lets another job of its key in: this one is over, or was never to be. Before anybody can hear of its end, so that whoever
+    /// does finds the place free.
+    fn give_back(&self) {
+        drop(self.permit.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 
     /// Writes a decision into its trail.
@@ -134,6 +152,7 @@ impl Job {
         let cancelled = done.cancelled();
         let (usage, timings) = (done.usage, done.timings);
         let reasons: Vec<FinishReason> = done.choices.iter().map(|choice| choice.finish_reason).collect();
+        self.give_back();
         if self.log.push(&Event::Done(done)).is_some() {
             facts.state = if cancelled { JobState::Cancelled } else { JobState::Done };
             (facts.usage, facts.timings, facts.ended) = (usage, timings, Some(now));
@@ -168,6 +187,7 @@ impl Job {
     pub fn fail(&self, now: Duration, mut error: ErrorBody) {
         error.request_id = Some(self.request_id.clone());
         let mut facts = self.facts();
+        self.give_back();
         if self.log.push(&Event::Error(error.clone())).is_some() {
             facts.state = JobState::Failed;
             let timings = self.timings(&facts, now, None);
@@ -200,6 +220,7 @@ impl Job {
         JobView {
             job_id: self.id.clone(),
             operation: self.request.operation(),
+            key_id: self.key.as_ref().map(|key| key.id().clone()),
             state: facts.state,
             model: facts.model.clone(),
             worker_id: facts.worker.clone(),
@@ -212,6 +233,14 @@ impl Job {
             error: facts.error.clone(),
             trail: if trail == Trail::Shown { facts.trail.clone() } else { Vec::new() },
         }
+    }
+}
+
+/// Whether a caller may know of a job posted with this key.
+fn is_seen(caller: &Caller, key: Option<&KeyId>) -> bool {
+    match caller {
+        Caller::Key { id, scopes } if !scopes.contains(&Scope::Admin) => key == Some(id),
+        Caller::Owner | Caller::Key { .. } => true,
     }
 }
 
@@ -253,9 +282,11 @@ struct Shared {
 struct Kept {
     jobs: HashMap<JobId, Arc<Job>>,
     order: VecDeque<JobId>,
-    expired: HashSet<JobId>,
+    /// With the key that each was posted with.
+    expired: HashMap<JobId, Option<KeyId>>,
     expired_order: VecDeque<JobId>,
-    keys: HashMap<String, (Vec<u8>, JobId)>,
+    /// Everybody has idempotency keys of their own.
+    keys: HashMap<(Option<KeyId>, String), (Vec<u8>, JobId)>,
 }
 
 impl Jobs {
@@ -281,16 +312,18 @@ impl Jobs {
     /// Makes a job, or finds the one of the same idempotency key; the flag says whether it is new.
     ///
     /// # Errors
-    /// `IDEMPOTENCY_CONFLICT` when the key was used with another body.
+    /// `IDEMPOTENCY_CONFLICT` when the idempotency key was used with another body; what the poster's own key is refused for.
     pub fn create(
         &self,
         request: JobRequest,
         request_id: RequestId,
         key: Option<(&str, &[u8])>,
+        poster: Option<Arc<Key>>,
     ) -> Result<(Arc<Job>, bool), ErrorBody> {
         let mut kept = self.kept();
-        if let Some((key, body)) = key {
-            if key.is_empty() || key.len() > MAX_KEY {
+        let key = key.map(|(key, body)| ((poster.as_ref().map(|key| key.id().clone()), key.to_owned()), body));
+        if let Some((key, body)) = &key {
+            if key.1.is_empty() || key.1.len() > MAX_KEY {
                 let message = format!("an idempotency key has 1 to {MAX_KEY} bytes");
                 return Err(ErrorBody::new(ErrorCode::InvalidRequest, message));
             }
@@ -308,6 +341,8 @@ impl Jobs {
                     .with_retry_after(Duration::from_secs(60)));
             }
         }
+        let now = self.now();
+        let permit = poster.as_ref().map(|poster| poster.admit(now)).transpose()?;
         let id = JobId::of(&self.0.incarnation, &random_hex(16));
         let detached = match &request {
             JobRequest::Infer(infer) => infer.detach.unwrap_or(false),
@@ -340,16 +375,18 @@ impl Jobs {
             request,
             request_id,
             log: Arc::default(),
-            posted: self.now(),
+            key: poster,
+            posted: now,
             detached,
             stop: Mutex::default(),
             metrics: Arc::clone(&self.0.metrics),
             facts: Mutex::new(facts),
+            permit: Mutex::new(permit),
         });
         kept.jobs.insert(id.clone(), Arc::clone(&job));
         kept.order.push_back(id.clone());
         if let Some((key, body)) = key {
-            kept.keys.insert(key.to_owned(), (body.to_owned(), id));
+            kept.keys.insert(key, (body.to_owned(), id));
         }
         Ok((job, true))
     }
@@ -357,24 +394,27 @@ impl Jobs {
     /// Forgets a job that was refused at its post: it never was.
     pub fn withdraw(&self, id: &JobId) {
         let mut kept = self.kept();
-        kept.jobs.remove(id);
+        if let Some(job) = kept.jobs.remove(id) {
+            job.give_back();
+        }
         kept.order.retain(|other| other != id);
         kept.keys.retain(|_, (_, job)| job != id);
     }
 
-    /// A job by its id.
+    /// A job by its id. One that the caller may not see is not there.
     ///
     /// # Errors
     /// `QUEEN_RESTARTED`, `JOB_EXPIRED` or `JOB_NOT_FOUND`.
-    pub fn find(&self, text: &str) -> Result<Arc<Job>, ErrorBody> {
+    pub fn find(&self, caller: &Caller, text: &str) -> Result<Arc<Job>, ErrorBody> {
         let shown: String = text.chars().take(80).collect();
         let unknown = || ErrorBody::new(ErrorCode::JobNotFound, format!("there is no job `{}`", shown.escape_debug()));
         let id = JobId::new(text).map_err(|_| unknown())?;
         let kept = self.kept();
+        let seen = |key: Option<&KeyId>| is_seen(caller, key);
         if let Some(job) = kept.jobs.get(&id) {
-            return Ok(Arc::clone(job));
+            return if seen(job.key.as_ref().map(|key| key.id())) { Ok(Arc::clone(job)) } else { Err(unknown()) };
         }
-        if kept.expired.contains(&id) {
+        if kept.expired.get(&id).is_some_and(|key| seen(key.as_ref())) {
             return Err(ErrorBody::new(ErrorCode::JobExpired, format!("job {id} ended and is not kept any more")));
         }
         match id.is_of(&self.0.incarnation) {
@@ -390,11 +430,13 @@ impl Jobs {
         self.kept().jobs.get(id).cloned()
     }
 
-    /// All jobs that are kept, newest first.
-    pub fn list(&self) -> Vec<JobView> {
+    /// The jobs that are kept and that the caller may see, newest first.
+    pub fn list(&self, caller: &Caller) -> Vec<JobView> {
         let now = self.now();
         let kept = self.kept();
-        kept.order.iter().rev().filter_map(|id| kept.jobs.get(id)).map(|job| job.view(now, Trail::Left)).collect()
+        let jobs = kept.order.iter().rev().filter_map(|id| kept.jobs.get(id));
+        let seen = jobs.filter(|job| is_seen(caller, job.key.as_ref().map(|key| key.id())));
+        seen.map(|job| job.view(now, Trail::Left)).collect()
     }
 
     /// Jobs that have not ended.
@@ -428,12 +470,14 @@ impl Jobs {
             return;
         }
         let Kept { jobs, order, expired, expired_order, keys } = &mut *kept;
-        jobs.retain(|id, _| !gone.contains(id));
-        order.retain(|id| !gone.contains(id));
-        keys.retain(|_, (_, id)| !gone.contains(id));
-        for id in gone {
+        let of = |id: &JobId| jobs.get(id)?.key.as_ref().map(|key| key.id().clone());
+        let gone: HashMap<JobId, Option<KeyId>> = gone.into_iter().map(|id| (id.clone(), of(&id))).collect();
+        jobs.retain(|id, _| !gone.contains_key(id));
+        order.retain(|id| !gone.contains_key(id));
+        keys.retain(|_, (_, id)| !gone.contains_key(id));
+        for (id, key) in gone {
             expired_order.push_back(id.clone());
-            expired.insert(id);
+            expired.insert(id, key);
             if expired_order.len() > MAX_EXPIRED
                 && let Some(oldest) = expired_order.pop_front()
             {
@@ -452,7 +496,7 @@ mod tests {
     }
 
     fn post(jobs: &Jobs, key: Option<(&str, &[u8])>) -> Result<(Arc<Job>, bool), ErrorBody> {
-        jobs.create(JobRequest::Status {}, RequestId::new("r").unwrap(), key)
+        jobs.create(JobRequest::Status {}, RequestId::new("r").unwrap(), key, None)
     }
 
     #[test]
@@ -473,11 +517,11 @@ mod tests {
             job.finish(Duration::from_secs(i as u64), Done::default());
         }
         jobs.sweep();
-        assert_eq!(jobs.find(made[0].id.as_str()).err().unwrap().code, ErrorCode::JobExpired);
-        assert!(jobs.find(made[3].id.as_str()).is_ok(), "what runs is never forgotten");
+        assert_eq!(jobs.find(&Caller::Owner, made[0].id.as_str()).err().unwrap().code, ErrorCode::JobExpired);
+        assert!(jobs.find(&Caller::Owner, made[3].id.as_str()).is_ok(), "what runs is never forgotten");
         let of_another = format!("job-ffffffff-{}", "a".repeat(32));
-        assert_eq!(jobs.find(&of_another).err().unwrap().code, ErrorCode::QueenRestarted);
-        assert_eq!(jobs.find("job-01234567-x").err().unwrap().code, ErrorCode::JobNotFound);
+        assert_eq!(jobs.find(&Caller::Owner, &of_another).err().unwrap().code, ErrorCode::QueenRestarted);
+        assert_eq!(jobs.find(&Caller::Owner, "job-01234567-x").err().unwrap().code, ErrorCode::JobNotFound);
     }
 
     #[test]

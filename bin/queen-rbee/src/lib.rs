@@ -1,7 +1,7 @@
 //! The queen: job API, registry, scheduler and relay.
 //!
 //! [`http`] and [`openai`] take requests, [`submit`] makes jobs of them, [`brain`] has the one loop that owns the scheduler, [`channel`] reads a worker's events and [`relay`] carries them into a
-//! job's log, [`jobs`] keeps the logs, [`hives`] and [`ops`] do the rest. Start reading at [`run`].
+//! job's log, [`jobs`] keeps the logs, [`keys`] says who posts them and how many, [`hives`] and [`ops`] do the rest. Start reading at [`run`].
 //!
 //! Invariants
 //! - Every accepted job ends in exactly one `done` or `error` in its log.
@@ -15,6 +15,7 @@ mod channel;
 mod hives;
 mod http;
 mod jobs;
+mod keys;
 mod metrics;
 mod openai;
 mod ops;
@@ -32,13 +33,14 @@ use rbee_service::logging::{self, LogFile};
 use rbee_service::{Clock, Guard, ServeLimits, Shutdown, bind, random_hex, serve};
 use rbee_supervisor::{build_id, daemon};
 use rbee_wire::view::InfoReply;
-use rbee_wire::{ErrorBody, ErrorCode, HiveId, Incarnation, PROTOCOL};
+use rbee_wire::{ErrorBody, ErrorCode, HiveId, Incarnation, PROTOCOL, routes};
 
 use crate::args::Cli;
 use crate::brain::{Brain, Hands};
 use crate::hives::{Hives, Wake};
 use crate::http::Api;
 use crate::jobs::{Jobs, Keep};
+use crate::keys::Keys;
 use crate::ops::Operations;
 
 /// Bytes of one log file.
@@ -135,6 +137,7 @@ async fn serve_queen(home: &Home, settings: Settings) -> Result<(), ErrorBody> {
     let url = format!("http://{address}");
     let shutdown = Shutdown::on_signals().map_err(|error| failed("its signals", error))?;
     let home_proof = home.proof().map_err(|error| failed("its nonce", error))?;
+    let keys = Keys::open(&home.data.join("keys.json"))?;
 
     let clock = Clock::default();
     let started = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).map_or(0, |since| since.as_secs());
@@ -166,6 +169,7 @@ async fn serve_queen(home: &Home, settings: Settings) -> Result<(), ErrorBody> {
         brain: brain.clone(),
         hives: Arc::clone(&hives),
         jobs: jobs.clone(),
+        keys: keys.clone(),
         info: InfoReply {
             program: "queen-rbee".into(),
             version: env!("CARGO_PKG_VERSION").into(),
@@ -184,10 +188,12 @@ async fn serve_queen(home: &Home, settings: Settings) -> Result<(), ErrorBody> {
         shutdown: shutdown.clone(),
         stop: Arc::clone(&stop),
         aliases: Arc::new(settings.aliases.clone()),
+        model_dirs: settings.model_dirs.value.clone().into(),
         grace: Duration::from_millis(settings.job_grace_ms.value),
         reach: if token.is_some() { Reach::Anywhere } else { Reach::Loopback },
     };
-    let router = http::router(api, Guard::of(token.as_deref()));
+    let guard = Guard::of(token.as_deref(), routes::QUEEN).with_keys(Arc::new(keys));
+    let router = http::router(api, guard);
     let server = tokio::spawn(serve(listener, router, ServeLimits::default(), shutdown.now()));
     let swept = jobs.clone();
     tokio::spawn(async move {

@@ -7,13 +7,12 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use axum::Json;
-use axum::Router;
 use axum::extract::{Path, Request, State};
 use axum::http::{HeaderMap, HeaderName, HeaderValue};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
+use axum::{Extension, Json, Router};
 use bytes::Bytes;
 use futures::Stream;
 use rbee_openai::answer::{Chunks, Form, Head, Step, Whole, failure};
@@ -22,7 +21,7 @@ use rbee_openai::error::{Reply, retry_is_vain};
 use rbee_openai::fields::Endpoint;
 use rbee_openai::models::{Model, ModelList};
 use rbee_openai::request::{Streaming, Unknown, read};
-use rbee_service::{ApiError, JsonBytes, Listener, sse};
+use rbee_service::{ApiError, Caller, JsonBytes, Listener, sse};
 use rbee_wire::event::Event;
 use rbee_wire::job::Infer;
 use rbee_wire::sse::Decoder;
@@ -78,13 +77,14 @@ pub async fn in_dialect(request: Request, next: Next) -> Response {
 
 async fn embeddings(
     State(api): State<Api>,
+    Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     JsonBytes(body): JsonBytes,
 ) -> Result<Response, ApiError> {
     let asked = read(Endpoint::Embeddings, &body, unknown(&headers))?;
     drop(body);
     let model = asked.jobs.first().and_then(|job| job.model.as_ref()).map(ToString::to_string);
-    let mut parts = begin(&api, asked.jobs).await?.1;
+    let mut parts = begin(&api, &caller, asked.jobs).await?.1;
     let mut vectors = Vectors::new(asked.encoding, model);
     loop {
         let (_, event) = poll_fn(|cx| parts.poll(cx)).await;
@@ -96,17 +96,28 @@ async fn embeddings(
     }
 }
 
-async fn chat(state: State<Api>, headers: HeaderMap, body: JsonBytes) -> Result<Response, ApiError> {
-    answer(Endpoint::Chat, state, headers, body).await
+async fn chat(
+    state: State<Api>,
+    caller: Extension<Caller>,
+    headers: HeaderMap,
+    body: JsonBytes,
+) -> Result<Response, ApiError> {
+    answer(Endpoint::Chat, state, caller, headers, body).await
 }
 
-async fn completions(state: State<Api>, headers: HeaderMap, body: JsonBytes) -> Result<Response, ApiError> {
-    answer(Endpoint::Completions, state, headers, body).await
+async fn completions(
+    state: State<Api>,
+    caller: Extension<Caller>,
+    headers: HeaderMap,
+    body: JsonBytes,
+) -> Result<Response, ApiError> {
+    answer(Endpoint::Completions, state, caller, headers, body).await
 }
 
 async fn answer(
     endpoint: Endpoint,
     State(api): State<Api>,
+    Extension(caller): Extension<Caller>,
     headers: HeaderMap,
     JsonBytes(body): JsonBytes,
 ) -> Result<Response, ApiError> {
@@ -124,7 +135,7 @@ async fn answer(
         build: format!("rbee-{}-{}", env!("CARGO_PKG_VERSION"), api.ops.info().build.get(..8).unwrap_or_default()),
         choices: asked.jobs.iter().map(|job| job.generation.n.unwrap_or(1) as usize).collect(),
     };
-    let (first, parts) = begin(&api, asked.jobs).await?;
+    let (first, parts) = begin(&api, &caller, asked.jobs).await?;
     head.id = format!("{kind}-{first}");
     let response = match asked.streaming {
         Streaming::Yes { usage } => stream(parts, Chunks::new(head, usage)).await?,
@@ -140,11 +151,11 @@ fn unknown(headers: &HeaderMap) -> Unknown {
 }
 
 /// Sets the jobs of a request to work; the first one's id.
-async fn begin(api: &Api, jobs: Vec<Infer>) -> Result<(String, Parts), ErrorBody> {
+async fn begin(api: &Api, caller: &Caller, jobs: Vec<Infer>) -> Result<(String, Parts), ErrorBody> {
     let mut first = String::new();
     let mut parts = Vec::new();
     for job in jobs {
-        let (job, unclaimed) = submit(api, JobRequest::Infer(Box::new(job)), None).await?;
+        let (job, unclaimed) = submit(api, caller, JobRequest::Infer(Box::new(job)), None).await?;
         parts.push(Some(Events::of(listen(api, &job, None, Leaving::Cancels))));
         // From here on its listener answers for it.
         if let Some(unclaimed) = unclaimed {

@@ -1,19 +1,22 @@
 //! The queen's own operations but `infer`, which the scheduler has.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use rbee_client::WorkerClient;
+use rbee_scheduler::Event as Heard;
 use rbee_wire::event::{Done, Event, NoteLevel};
 use rbee_wire::hive::Process;
 use rbee_wire::job::{OfProcess, OfWorker};
+use rbee_wire::key::KeyView;
 use rbee_wire::op::Built;
 use rbee_wire::view::{HiveView, InfoReply, StatusView, WorkerView};
-use rbee_wire::{ErrorBody, ErrorCode, HiveId, JobRequest};
+use rbee_wire::{ErrorBody, ErrorCode, HiveId, JobRequest, Operation};
 
 use crate::brain::Brain;
 use crate::hives::{Hives, Wake};
 use crate::jobs::{Job, Jobs};
+use crate::keys::Keys;
 
 /// What operations work with; cheap to clone.
 #[derive(Clone)]
@@ -24,6 +27,8 @@ pub struct Operations {
     pub hives: Arc<Hives>,
     /// The jobs.
     pub jobs: Jobs,
+    /// The keys.
+    pub keys: Keys,
     /// What this queen says of itself, but for its uptime.
     pub info: InfoReply,
 }
@@ -101,12 +106,54 @@ impl Operations {
                 tokio::time::sleep(Duration::from_millis(1050)).await;
                 log.push(&Event::data(&self.settled(&of.alias).await?));
             }
+            JobRequest::KeyCreate(new) => {
+                let new = new.clone();
+                let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+                let made = self.with_keys(move |keys| keys.create(new, created)).await?;
+                log.push(&Event::data(&made));
+            }
+            JobRequest::KeyList {} => {
+                for key in self.keys.list() {
+                    log.push(&Event::data(&key));
+                }
+            }
+            JobRequest::KeyRevoke(of) => {
+                let id = of.key_id.clone();
+                let revoked = self.with_keys(move |keys| keys.revoke(&id)).await;
+                // It is closed even where the file could not be written.
+                for job in
+                    self.jobs.open().iter().filter(|job| job.key.as_ref().is_some_and(|key| *key.id() == of.key_id))
+                {
+                    if job.request.operation() == Operation::Infer {
+                        self.cancel(job, "its key was revoked").await;
+                    }
+                }
+                log.push(&Event::data(&revoked?));
+            }
             other => {
                 let message = format!("`{}` is not built yet", other.operation().name());
                 return Err(ErrorBody::new(ErrorCode::NotImplemented, message));
             }
         }
         Ok(())
+    }
+
+    /// Runs what changes the keys, which waits for the disk.
+    async fn with_keys(
+        &self,
+        change: impl FnOnce(&Keys) -> Result<KeyView, ErrorBody> + Send + 'static,
+    ) -> Result<KeyView, ErrorBody> {
+        let keys = self.keys.clone();
+        tokio::task::spawn_blocking(move || change(&keys)).await.unwrap_or_else(|error| {
+            Err(ErrorBody::new(ErrorCode::Internal, format!("the change was cut short: {error}")))
+        })
+    }
+
+    /// Cancels an answer.
+    pub async fn cancel(&self, job: &Job, why: &str) {
+        self.brain.tell(Heard::Cancel { job: job.id.clone() }).await;
+        job.decide(self.jobs.now(), "cancel", why);
+        job.finish_cancelled(self.jobs.now());
     }
 
     async fn worker(&self, of: &OfWorker) -> Result<WorkerView, ErrorBody> {

@@ -126,6 +126,7 @@ async fn run(dispatch: &Dispatch, jobs: &Jobs, brain: &Brain, stop: &Cancellatio
         request_id: job.request_id.clone(),
         generation: infer.generation.clone(),
         resume: None,
+        tenant: job.key.as_ref().map(|key| key.tenant()),
         channel: Some(seat.place()),
     };
     let client = channel.client().clone();

@@ -1,15 +1,20 @@
 //! How a request becomes a job, whichever surface it came over, and what becomes of a job that nobody listens to.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rbee_scheduler::{Event as Heard, Want};
-use rbee_service::{Listener, current_request_id, random_hex};
+use rbee_service::{Caller, Listener, current_request_id, random_hex};
 use rbee_wire::job::Infer;
 use rbee_wire::{ErrorBody, ErrorCode, JobRequest, ModelRef, RequestId};
 
 use crate::http::Api;
 use crate::jobs::Job;
+use crate::keys::{Key, revoked};
+
+/// Why a job is cancelled whose client went away.
+const LEFT: &str = "nobody listens";
 
 /// What happens to a job when this listener leaves it alone.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -27,6 +32,7 @@ pub enum Leaving {
 /// The refusal: there is no job then.
 pub async fn submit(
     api: &Api,
+    caller: &Caller,
     mut request: JobRequest,
     key: Option<(&str, &[u8])>,
 ) -> Result<(Arc<Job>, Option<Unclaimed>), ErrorBody> {
@@ -40,7 +46,8 @@ pub async fn submit(
     }
     let request_id =
         current_request_id().unwrap_or_else(|| RequestId::new(random_hex(16)).expect("hexadecimal digits make an id"));
-    let (job, new) = api.ops.jobs.create(request, request_id, key)?;
+    let owner = api.ops.keys.of(caller)?;
+    let (job, new) = api.ops.jobs.create(request, request_id, key, owner.clone())?;
     if !new {
         return Ok((job, None));
     }
@@ -49,6 +56,12 @@ pub async fn submit(
         api.ops.jobs.withdraw(&job.id);
         unclaimed.claimed();
         return Err(error);
+    }
+    // Whoever revoked the key meanwhile may have looked for its jobs before this was one, or cancelled it before the scheduler had it.
+    if owner.is_some_and(|key| key.closed().is_cancelled()) {
+        unclaimed.claimed();
+        api.ops.cancel(&job, "its key was revoked").await;
+        return Err(revoked());
     }
     Ok((job, Some(unclaimed)))
 }
@@ -74,7 +87,7 @@ impl Drop for Unclaimed {
         if let Some((api, job)) = self.0.take()
             && !job.detached
         {
-            tokio::spawn(async move { cancel(&api, &job).await });
+            tokio::spawn(async move { api.ops.cancel(&job, LEFT).await });
         }
     }
 }
@@ -95,14 +108,32 @@ async fn begin(api: &Api, job: &Arc<Job>) -> Result<(), ErrorBody> {
     };
     job.decide(now, "accepted", model.as_ref().map_or("no model named".into(), |model| format!("for {model}")));
     let want = Want {
+        owner: job.key.as_ref().map(|key| key.id().clone()),
         model,
         device: infer.device,
         worker_id: infer.worker_id.clone(),
         hive_id: infer.hive_id.clone(),
-        no_load: infer.no_load.unwrap_or(false),
+        no_load: no_load(api, job.key.as_deref(), infer),
         deadline: infer.deadline_ms.map(|ms| job.posted + Duration::from_millis(ms)),
     };
     api.ops.brain.submit(Heard::Submit { job: job.id.clone(), want }).await
+}
+
+/// What to do where the model is not to be loaded: the poster said so, or may not have it loaded. A path that a key without the
+/// scope `admin` names may be any file of the machine: what serves already may answer, and what lies in the operator's folders.
+fn no_load(api: &Api, key: Option<&Key>, infer: &Infer) -> Option<&'static str> {
+    if infer.no_load == Some(true) {
+        return ErrorCode::NoWorker.hint();
+    }
+    match (key, &infer.model) {
+        (Some(key), Some(ModelRef::Path(path))) if !key.is_admin() => {
+            let inside = api.model_dirs.iter().any(|folder| Path::new(path).starts_with(folder));
+            (!inside).then_some(
+                "with this key a path loads nothing outside of `model_dirs`: an admin loads it with `rbee worker spawn --model PATH`",
+            )
+        }
+        _ => None,
+    }
 }
 
 fn resolve(api: &Api, infer: &Infer) -> Result<Option<ModelRef>, ErrorBody> {
@@ -126,7 +157,7 @@ pub fn listen(api: &Api, job: &Arc<Job>, after: Option<u64>, leaving: Leaving) -
             return;
         }
         match leaving {
-            Leaving::Cancels => drop(runtime.spawn(async move { cancel(&left_api, &left_job).await })),
+            Leaving::Cancels => drop(runtime.spawn(async move { left_api.ops.cancel(&left_job, LEFT).await })),
             Leaving::Grace => {
                 let _inside = runtime.enter();
                 cancel_if_alone(&left_api, &left_job);
@@ -146,14 +177,7 @@ pub fn cancel_if_alone(api: &Api, job: &Arc<Job>) {
         tokio::time::sleep(api.grace).await;
         if job.log.listeners() == 0 && !job.log.is_over() {
             tracing::info!(job = %job.id, "nobody listens; cancelled");
-            cancel(&api, &job).await;
+            api.ops.cancel(&job, LEFT).await;
         }
     });
-}
-
-/// Cancels a job.
-pub async fn cancel(api: &Api, job: &Job) {
-    api.ops.brain.tell(Heard::Cancel { job: job.id.clone() }).await;
-    job.decide(api.ops.jobs.now(), "cancel", "somebody cancelled it, or nobody listened");
-    job.finish_cancelled(api.ops.jobs.now());
 }

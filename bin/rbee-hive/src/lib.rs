@@ -20,7 +20,7 @@ use rbee_service::logging::{self, LogFile};
 use rbee_service::{Clock, Guard, ServeLimits, Shutdown, bind, serve};
 use rbee_supervisor::{Supervisor, build_id, daemon};
 use rbee_wire::hive::HiveHeartbeat;
-use rbee_wire::{ErrorBody, ErrorCode};
+use rbee_wire::{ErrorBody, ErrorCode, routes};
 
 use crate::args::Cli;
 use crate::devices::Devices;
@@ -108,7 +108,7 @@ async fn serve_hive(cli: &Cli, home: &Home, settings: Settings) -> Result<(), Er
     };
     let server = tokio::spawn(serve(
         listener,
-        http::router(api, Guard::of(token.as_deref())),
+        http::router(api, Guard::of(token.as_deref(), routes::HIVE)),
         ServeLimits { connections: 1024, ..ServeLimits::default() },
         shutdown.now(),
     ));

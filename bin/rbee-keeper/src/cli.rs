@@ -3,7 +3,7 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
-use rbee_wire::{DeviceSpec, HiveId, JobId, WorkerId};
+use rbee_wire::{DeviceSpec, HiveId, JobId, KeyId, Scope, WorkerId};
 
 /// Your own machines as one private LLM endpoint.
 #[derive(Debug, Parser)]
@@ -87,6 +87,9 @@ pub enum Verb {
     /// Jobs that wait, run or ended lately
     #[command(subcommand)]
     Job(JobVerb),
+    /// Keys: what people and programs show to the queen
+    #[command(subcommand)]
+    Key(KeyVerb),
     /// Why a job went the way it went
     Explain(JobArgs),
     /// Same as `model download`
@@ -472,6 +475,47 @@ pub struct JobArgs {
     /// The job, as `rbee job list` shows it
     #[arg(value_name = "ID")]
     pub job: JobId,
+}
+
+/// Verbs of keys.
+#[derive(Debug, Subcommand)]
+pub enum KeyVerb {
+    /// Make a key and print its secret, once
+    Create(KeyArgs),
+    /// The keys
+    #[command(visible_alias = "ls")]
+    List,
+    /// Close a key at once, and cancel the answers it has under way
+    Revoke {
+        /// The key, as `rbee key list` shows it
+        #[arg(value_name = "ID")]
+        key: KeyId,
+    },
+}
+
+/// `rbee key create`.
+#[derive(Args, Clone, Debug)]
+pub struct KeyArgs {
+    /// What people call it
+    #[arg(long)]
+    pub name: String,
+    /// What it may do: generate text, or everything; `inference` unless given
+    #[arg(long, value_name = "SCOPE", value_parser = scope)]
+    pub scope: Vec<Scope>,
+    /// Jobs it may have at once, those that wait included
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub max_concurrent: Option<u32>,
+    /// Jobs it may post in a minute
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1 << 20))]
+    pub rate: Option<u32>,
+}
+
+fn scope(text: &str) -> Result<Scope, String> {
+    match text {
+        "inference" => Ok(Scope::Inference),
+        "admin" => Ok(Scope::Admin),
+        _ => Err(format!("must be {}", Scope::NAMES.join(" or "))),
+    }
 }
 
 /// A number that JSON can carry; whether it is in range is the request's own check.

@@ -77,9 +77,12 @@ impl Context {
         Address::of(self.settings.hive_bind.value)
     }
 
-    /// A client of the hive at this address.
+    /// A client of the hive at this address. Hives know the site's token and no keys: this machine's own hive is shown the
+    /// token where there is one.
     pub fn hive_client(&self, url: &str) -> HiveClient {
-        HiveClient::new(url, self.api_key.clone())
+        let own = Address::parse(url).is_ok_and(|at| at.loopback);
+        let token = own.then(|| self.settings.token.value.clone()).flatten();
+        HiveClient::new(url, token.or_else(|| self.api_key.clone()))
     }
 
     /// The log of a daemon of this home: `queen` or `hive`.

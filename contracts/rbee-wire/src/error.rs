@@ -60,6 +60,12 @@ error_codes! {
     UnknownOperation = "UNKNOWN_OPERATION", 400, final, exit 1, "the operations are listed in docs/reference/http.md";
     /// A token is needed, and none or a wrong one came.
     Unauthorized = "UNAUTHORIZED", 401, final, exit 1, "pass the key with --api-key or RBEE_API_KEY";
+    /// The key's scopes do not open this.
+    Forbidden = "FORBIDDEN", 403, final, exit 1, "an admin makes keys that may: `rbee key create --scope admin`";
+    /// The key has as many jobs, or has posted as many in the last minute, as it may.
+    RateLimitExceeded = "RATE_LIMIT_EXCEEDED", 429, retry, exit 1, "";
+    /// No key has this id.
+    KeyNotFound = "KEY_NOT_FOUND", 404, final, exit 3, "`rbee key list` shows the keys";
     /// A page of another site, a foreign host name or a proxy asked.
     ForbiddenOrigin = "FORBIDDEN_ORIGIN", 403, final, exit 1, "call it by its loopback address, not from another site's page or through a proxy";
     /// No such path.

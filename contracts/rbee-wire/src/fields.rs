@@ -53,6 +53,10 @@ pub enum Kind {
     Bias,
     /// Chat messages.
     Messages,
+    /// So many lower-case hexadecimal digits.
+    Hex(usize),
+    /// A list of some of these words.
+    Words(&'static [&'static str]),
     /// A list of numbers.
     Tokens,
     /// A list of texts or lists of token ids, none empty.
@@ -162,6 +166,18 @@ fn problem(value: &Value, kind: Kind) -> Option<String> {
             (!good).then(|| "must map token ids to numbers from -100 to 100, at most 1024 of them".into())
         }
         Kind::Messages => messages_problem(value),
+        Kind::Hex(digits) => {
+            let fits =
+                |text: &str| text.len() == digits && text.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+            (!value.as_str().is_some_and(fits)).then(|| format!("must be {digits} lower-case hexadecimal digits"))
+        }
+        Kind::Words(words) => {
+            let known = |value: &Value| value.as_str().is_some_and(|word| words.contains(&word));
+            let good = value
+                .as_array()
+                .is_some_and(|items| (1..=words.len()).contains(&items.len()) && items.iter().all(known));
+            (!good).then(|| format!("must be a list of one or more of {}", words.join(", ")))
+        }
         Kind::Tokens => (!are_tokens(value)).then(|| "must be a list of token ids".into()),
         Kind::Inputs => {
             let fits = |item: &Value| match item {

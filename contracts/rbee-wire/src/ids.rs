@@ -96,6 +96,8 @@ string_ids! {
     HiveId,
     /// A device of a hive: `cpu`, `cuda:0`.
     DeviceId,
+    /// A key, as it is listed and revoked; not its secret.
+    KeyId,
     /// A request as it travels through the programs; a label, never a key.
     RequestId,
 }

@@ -9,7 +9,8 @@ use serde_json::{Map, Value, json};
 use crate::body::parse_object;
 use crate::error::{ErrorBody, ErrorCode};
 use crate::fields::{self, Violation};
-use crate::ids::{HiveId, JobId, WorkerId};
+use crate::ids::{HiveId, JobId, KeyId, WorkerId};
+use crate::key::KeyCreate;
 use crate::model::{DeviceSpec, ModelRef};
 use crate::op::{OPERATIONS, Operation, Target};
 use crate::worker::LoadOptions;
@@ -78,6 +79,12 @@ pub enum JobRequest {
     ModelGet(OfStored),
     /// Removes a model of the store.
     ModelDelete(OfStored),
+    /// Makes a key.
+    KeyCreate(KeyCreate),
+    /// Lists the keys.
+    KeyList {},
+    /// Revokes a key.
+    KeyRevoke(OfKey),
 }
 
 /// The hive an operation is for.
@@ -141,6 +148,13 @@ pub struct OfStored {
     pub hive_id: HiveId,
     /// Its id in the store.
     pub id: String,
+}
+
+/// One key.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct OfKey {
+    /// The key.
+    pub key_id: KeyId,
 }
 
 /// Makes sure a worker serves a model: an idempotent reservation.
@@ -452,6 +466,9 @@ impl JobRequest {
             Self::ModelList(_) => Operation::ModelList,
             Self::ModelGet(_) => Operation::ModelGet,
             Self::ModelDelete(_) => Operation::ModelDelete,
+            Self::KeyCreate(_) => Operation::KeyCreate,
+            Self::KeyList {} => Operation::KeyList,
+            Self::KeyRevoke(_) => Operation::KeyRevoke,
         }
     }
 
@@ -619,6 +636,8 @@ mod tests {
                         "[{\"role\":\"user\",\"content\":\"\",\"tool_calls\":[{\"id\":\"a\",\"type\":\"function\",\"function\":{\"name\":\"f\",\"arguments\":\"\"}}]}]",
                         "[{\"role\":\"user\",\"content\":\"\",\"tool_call_id\":\"a\"}]",
                     ],
+                    Kind::Hex(_) => &["1", "\"ab\"", "\"zz\""],
+                    Kind::Words(_) => &["[]", "\"admin\"", "[\"king\"]"],
                     Kind::Tokens => &["[-1]", "1"],
                     Kind::Inputs => &["[]", "\"a\"", "[1]", "[\"\"]", "[[]]", "[[-1]]", "[\"a\",1]"],
                     Kind::Object => &["1", "[]"],
@@ -655,6 +674,8 @@ mod tests {
             r#"{"operation":"infer","messages":[{"role":"assistant","content":"","reasoning_content":"r","tool_calls":[{"id":"a","type":"function","function":{"name":"f","arguments":"{}"}}]},{"role":"tool","content":"1","tool_call_id":"a","name":"f"}],"tools":[{"type":"function","function":{"name":"f","description":"d","parameters":{"type":"object"}}}],"tool_choice":"auto","parallel_tool_calls":false}"#,
             r#"{"operation":"worker_spawn","model":"tinybee","worker":"cuda","device":0}"#,
             r#"{"operation":"worker_process_delete","pid":7,"hive_id":"h"}"#,
+            &format!(r#"{{"operation":"key_create","name":"n","digest":"{}","rate":5}}"#, "0f".repeat(32)),
+            &format!(r#"{{"operation":"key_create","name":"n","digest":"{}","scopes":["admin"]}}"#, "0f".repeat(32)),
         ] {
             let job = JobRequest::parse(body.as_bytes()).unwrap();
             let text = serde_json::to_string(&job).unwrap();
@@ -698,6 +719,7 @@ mod tests {
                     let value = match field.kind {
                         fields::Kind::Int(..) => json!(1),
                         fields::Kind::Model => json!("tinybee"),
+                        fields::Kind::Hex(digits) => json!("a".repeat(digits)),
                         _ => json!("x"),
                     };
                     map.insert(field.name.into(), value);

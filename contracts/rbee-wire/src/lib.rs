@@ -11,6 +11,7 @@ pub mod fields;
 pub mod hive;
 pub mod ids;
 pub mod job;
+pub mod key;
 pub mod model;
 pub mod op;
 pub mod routes;
@@ -24,7 +25,8 @@ pub const PROTOCOL: u32 = 1;
 
 pub use error::{ErrorBody, ErrorCode};
 pub use event::Event;
-pub use ids::{DeviceId, HiveId, Incarnation, JobId, RequestId, WorkerId};
+pub use ids::{DeviceId, HiveId, Incarnation, JobId, KeyId, RequestId, WorkerId};
 pub use job::JobRequest;
+pub use key::{Access, Scope};
 pub use model::{DeviceSpec, ModelRef};
 pub use op::Operation;

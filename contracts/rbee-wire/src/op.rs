@@ -7,6 +7,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::fields::{Field, Kind, MAX_TEXT, Need};
+use crate::key::{Access, Scope};
 
 /// Who carries an operation out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -35,6 +36,8 @@ pub struct OperationRow {
     pub name: &'static str,
     /// Who carries it out.
     pub target: Target,
+    /// Who may ask the queen for it.
+    pub access: Access,
     /// Whether this build does.
     pub built: Built,
     /// The verb of the command line.
@@ -46,7 +49,7 @@ pub struct OperationRow {
 }
 
 macro_rules! operations {
-    ($($variant:ident $name:literal $target:ident $built:ident $verb:literal $about:literal $fields:expr;)*) => {
+    ($($variant:ident $name:literal $target:ident $access:ident $built:ident $verb:literal $about:literal $fields:expr;)*) => {
         /// An operation of the job API.
         #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
         #[serde(rename_all = "snake_case")]
@@ -54,7 +57,8 @@ macro_rules! operations {
 
         /// All operations, in the order of the protocol.
         pub const OPERATIONS: &[OperationRow] = &[$(OperationRow {
-            op: Operation::$variant, name: $name, target: Target::$target, built: Built::$built,
+            op: Operation::$variant, name: $name, target: Target::$target,
+            access: Access::$access, built: Built::$built,
             verb: $verb, about: $about, fields: $fields,
         },)*];
     };
@@ -79,6 +83,15 @@ const MODEL: &[Field] = &[HIVE, required("model", Kind::Model, "the model")];
 const MODEL_ID: &[Field] = &[HIVE, required("id", Kind::Id, "the model in the store")];
 const IMPORT_SSH: &[Field] = &[optional("ssh_config_path", Kind::Text(4096), "the ssh client's config file")];
 const SSH_TEST: &[Field] = &[required("alias", Kind::Id, "the host in the ssh client's config")];
+
+const KEY_ID: &[Field] = &[required("key_id", Kind::Id, "the key")];
+const KEY_FIELDS: &[Field] = &[
+    required("name", Kind::Id, "what people call it"),
+    required("digest", Kind::Hex(64), "SHA-256 of its secret"),
+    optional("scopes", Kind::Words(Scope::NAMES), "what it may do; `inference` unless given, `admin` is everything"),
+    optional("max_concurrent", Kind::Int(1, 1 << 20), "jobs it may have alive at once, those that wait included"),
+    optional("rate", Kind::Int(1, 1 << 20), "jobs it may post in a minute"),
+];
 
 /// The fields of `worker_spawn`.
 pub const SPAWN_FIELDS: &[Field] = &[
@@ -138,34 +151,37 @@ pub const INFER_FIELDS: &[Field] = &[
 ];
 
 operations! {
-    Status "status" Queen Yes "rbee status" "What the queen sees: hives, workers, jobs." NONE;
-    Infer "infer" Queen Yes "rbee infer" "Generates text." INFER_FIELDS;
-    ActiveWorkerList "active_worker_list" Queen Yes "rbee worker list" "Lists the active workers of every hive." NONE;
-    ActiveWorkerGet "active_worker_get" Queen Yes "rbee worker get" "Shows one active worker." WORKER_ID;
-    ActiveWorkerRetire "active_worker_retire" Queen Yes "rbee worker retire" "Lets a worker finish its jobs, then ends it." WORKER_ID;
-    HiveList "hive_list" Queen Yes "rbee hive list" "Lists the hives." NONE;
-    HiveGet "hive_get" Queen Yes "rbee hive get" "Shows one hive with its devices." ALIAS;
-    HiveStatus "hive_status" Queen Yes "rbee hive status" "Whether a hive answers, and since when." ALIAS;
-    HiveStart "hive_start" Queen Yes "rbee hive start" "Starts a hive." ALIAS;
-    HiveStop "hive_stop" Queen Yes "rbee hive stop" "Lets a hive's workers finish, then stops it." ALIAS;
-    HiveInstall "hive_install" Queen No "rbee hive install" "Installs a hive on another machine." ALIAS;
-    HiveUninstall "hive_uninstall" Queen No "rbee hive uninstall" "Removes a hive from another machine." ALIAS;
-    HiveRefreshCapabilities "hive_refresh_capabilities" Queen Yes "rbee hive refresh-capabilities" "Makes a hive look for its devices again." ALIAS;
-    HiveImportSsh "hive_import_ssh" Queen No "rbee hive import-ssh" "Takes hosts from the ssh client's config." IMPORT_SSH;
-    SshTest "ssh_test" Queen No "rbee hive ssh-test" "Tests the ssh connection to a host." SSH_TEST;
-    WorkerSpawn "worker_spawn" Hive Yes "rbee worker spawn" "Makes sure a worker serves a model on a device." SPAWN_FIELDS;
-    WorkerProcessList "worker_process_list" Hive Yes "rbee worker process list" "Lists the hive's worker processes." ON_HIVE;
-    WorkerProcessGet "worker_process_get" Hive Yes "rbee worker process get" "Shows one worker process." PID;
-    WorkerProcessDelete "worker_process_delete" Hive Yes "rbee worker process delete" "Ends one worker process of the hive's own." PID;
-    WorkerBinaryList "worker_binary_list" Hive Yes "rbee worker binary list" "Lists the worker binaries." ON_HIVE;
-    WorkerBinaryGet "worker_binary_get" Hive Yes "rbee worker binary get" "Shows one worker binary." WORKER_TYPE;
-    WorkerBinaryDelete "worker_binary_delete" Hive No "rbee worker binary delete" "Removes a worker binary." WORKER_TYPE;
-    WorkerDownload "worker_download" Hive No "rbee worker binary download" "Fetches a worker binary." WORKER_TYPE;
-    WorkerBuild "worker_build" Hive No "rbee worker binary build" "Builds a worker binary." WORKER_TYPE;
-    ModelDownload "model_download" Hive No "rbee model download" "Fetches a model into the store." MODEL;
-    ModelList "model_list" Hive No "rbee model list" "Lists the store's models." ON_HIVE;
-    ModelGet "model_get" Hive No "rbee model get" "Shows one model of the store." MODEL_ID;
-    ModelDelete "model_delete" Hive No "rbee model delete" "Removes a model from the store." MODEL_ID;
+    Status "status" Queen Admin Yes "rbee status" "What the queen sees: hives, workers, jobs." NONE;
+    Infer "infer" Queen Inference Yes "rbee infer" "Generates text." INFER_FIELDS;
+    ActiveWorkerList "active_worker_list" Queen Admin Yes "rbee worker list" "Lists the active workers of every hive." NONE;
+    ActiveWorkerGet "active_worker_get" Queen Admin Yes "rbee worker get" "Shows one active worker." WORKER_ID;
+    ActiveWorkerRetire "active_worker_retire" Queen Admin Yes "rbee worker retire" "Lets a worker finish its jobs, then ends it." WORKER_ID;
+    HiveList "hive_list" Queen Admin Yes "rbee hive list" "Lists the hives." NONE;
+    HiveGet "hive_get" Queen Admin Yes "rbee hive get" "Shows one hive with its devices." ALIAS;
+    HiveStatus "hive_status" Queen Admin Yes "rbee hive status" "Whether a hive answers, and since when." ALIAS;
+    HiveStart "hive_start" Queen Admin Yes "rbee hive start" "Starts a hive." ALIAS;
+    HiveStop "hive_stop" Queen Admin Yes "rbee hive stop" "Lets a hive's workers finish, then stops it." ALIAS;
+    HiveInstall "hive_install" Queen Admin No "rbee hive install" "Installs a hive on another machine." ALIAS;
+    HiveUninstall "hive_uninstall" Queen Admin No "rbee hive uninstall" "Removes a hive from another machine." ALIAS;
+    HiveRefreshCapabilities "hive_refresh_capabilities" Queen Admin Yes "rbee hive refresh-capabilities" "Makes a hive look for its devices again." ALIAS;
+    HiveImportSsh "hive_import_ssh" Queen Admin No "rbee hive import-ssh" "Takes hosts from the ssh client's config." IMPORT_SSH;
+    SshTest "ssh_test" Queen Admin No "rbee hive ssh-test" "Tests the ssh connection to a host." SSH_TEST;
+    WorkerSpawn "worker_spawn" Hive Admin Yes "rbee worker spawn" "Makes sure a worker serves a model on a device." SPAWN_FIELDS;
+    WorkerProcessList "worker_process_list" Hive Admin Yes "rbee worker process list" "Lists the hive's worker processes." ON_HIVE;
+    WorkerProcessGet "worker_process_get" Hive Admin Yes "rbee worker process get" "Shows one worker process." PID;
+    WorkerProcessDelete "worker_process_delete" Hive Admin Yes "rbee worker process delete" "Ends one worker process of the hive's own." PID;
+    WorkerBinaryList "worker_binary_list" Hive Admin Yes "rbee worker binary list" "Lists the worker binaries." ON_HIVE;
+    WorkerBinaryGet "worker_binary_get" Hive Admin Yes "rbee worker binary get" "Shows one worker binary." WORKER_TYPE;
+    WorkerBinaryDelete "worker_binary_delete" Hive Admin No "rbee worker binary delete" "Removes a worker binary." WORKER_TYPE;
+    WorkerDownload "worker_download" Hive Admin No "rbee worker binary download" "Fetches a worker binary." WORKER_TYPE;
+    WorkerBuild "worker_build" Hive Admin No "rbee worker binary build" "Builds a worker binary." WORKER_TYPE;
+    ModelDownload "model_download" Hive Admin No "rbee model download" "Fetches a model into the store." MODEL;
+    ModelList "model_list" Hive Admin No "rbee model list" "Lists the store's models." ON_HIVE;
+    ModelGet "model_get" Hive Admin No "rbee model get" "Shows one model of the store." MODEL_ID;
+    ModelDelete "model_delete" Hive Admin No "rbee model delete" "Removes a model from the store." MODEL_ID;
+    KeyCreate "key_create" Queen Admin Yes "rbee key create" "Makes a key, whose secret only its owner has." KEY_FIELDS;
+    KeyList "key_list" Queen Admin Yes "rbee key list" "Lists the keys." NONE;
+    KeyRevoke "key_revoke" Queen Admin Yes "rbee key revoke" "Closes a key at once, and cancels the answers it has under way." KEY_ID;
 }
 
 impl Operation {
@@ -190,8 +206,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_has_the_28_operations_of_the_protocol_under_their_own_names() {
-        assert_eq!(OPERATIONS.len(), 28);
+    fn the_table_has_the_operations_of_the_protocol_and_of_keys_under_their_own_names() {
+        assert_eq!(OPERATIONS.len(), 28 + 3);
         for row in OPERATIONS {
             assert_eq!(serde_json::to_value(row.op).unwrap(), row.name);
             let mut names: Vec<_> = row.fields.iter().map(|field| field.name).collect();

@@ -1,5 +1,8 @@
 //! Every path that queen, hive and worker serve. Servers mount from these constants, clients call them, the
-//! reference lists them.
+//! reference lists them, and the guard before every route takes from them who may use it: a route that is not in
+//! its table is for admins alone.
+
+use crate::key::Access::{self, Admin, Inference, Public};
 
 /// One route.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -8,12 +11,14 @@ pub struct Route {
     pub method: &'static str,
     /// The path, `{id}` for a variable part.
     pub path: &'static str,
+    /// Who may use it.
+    pub access: Access,
     /// What it is for.
     pub about: &'static str,
 }
 
-const fn route(method: &'static str, path: &'static str, about: &'static str) -> Route {
-    Route { method, path, about }
+const fn route(method: &'static str, path: &'static str, access: Access, about: &'static str) -> Route {
+    Route { method, path, access, about }
 }
 
 /// The process is up.
@@ -69,53 +74,82 @@ pub const TOKENIZE: &str = "/v1/tokenize";
 /// Finish and take nothing new.
 pub const DRAIN: &str = "/v1/drain";
 
+/// Who may use a method of a path as its table has it; a method that the path does not take is as closed as the most closed
+/// that it does.
+pub fn access(table: &[Route], method: &str, path: &str) -> Access {
+    // Whoever serves GET serves HEAD.
+    let method = if method == "HEAD" { "GET" } else { method };
+    let rows = table.iter().filter(|row| row.path == path);
+    let own = rows.clone().find(|row| row.method == method).map(|row| row.access);
+    own.or_else(|| rows.map(|row| row.access).max()).unwrap_or(Admin)
+}
+
 /// The queen's routes.
 pub const QUEEN: &[Route] = &[
-    route("GET", HEALTH, "the process is up"),
-    route("GET", LIVEZ, "the process is up"),
-    route("GET", READY, "a request sent now would be taken"),
-    route("GET", READYZ, "a request sent now would be taken"),
-    route("GET", INFO, "version, build, uptime"),
-    route("GET", METRICS, "counters and histograms for Prometheus, under vLLM's names where they mean the same"),
-    route("POST", SHUTDOWN, "drain and stop"),
-    route("POST", JOBS, "post a job; with `Accept: text/event-stream` its stream is the answer"),
-    route("GET", JOBS, "the jobs that are kept"),
-    route("GET", JOB, "one job with its decisions"),
-    route("DELETE", JOB, "cancel a job"),
-    route("GET", JOB_STREAM, "a job's events, from the beginning or after `Last-Event-ID`"),
-    route("POST", CHAT_COMPLETIONS, "answer a chat, as OpenAI's API does; [fields](../api.md)"),
-    route("POST", COMPLETIONS, "go on from a text, as OpenAI's API does"),
-    route("POST", EMBEDDINGS, "vectors of texts, as OpenAI's API gives them"),
-    route("GET", MODELS, "the models that can be named, as OpenAI's API lists them"),
-    route("GET", MODEL, "one of them; its name may have slashes"),
-    route("POST", WORKER_HEARTBEAT, "a worker says how it is"),
-    route("POST", HIVE_HEARTBEAT, "a hive says how it is"),
-    route("GET", HEARTBEATS_STREAM, "the merged view of the fleet, for dashboards"),
+    route("GET", HEALTH, Public, "the process is up"),
+    route("GET", LIVEZ, Public, "the process is up"),
+    route("GET", READY, Public, "a request sent now would be taken"),
+    route("GET", READYZ, Public, "a request sent now would be taken"),
+    route("GET", INFO, Inference, "version, build, uptime"),
+    route("GET", METRICS, Admin, "counters and histograms for Prometheus, under vLLM's names where they mean the same"),
+    route("POST", SHUTDOWN, Admin, "drain and stop"),
+    route("POST", JOBS, Inference, "post a job; with `Accept: text/event-stream` its stream is the answer"),
+    route("GET", JOBS, Inference, "the jobs that are kept; a key sees its own"),
+    route("GET", JOB, Inference, "one job with its decisions"),
+    route("DELETE", JOB, Inference, "cancel a job"),
+    route("GET", JOB_STREAM, Inference, "a job's events, from the beginning or after `Last-Event-ID`"),
+    route("POST", CHAT_COMPLETIONS, Inference, "answer a chat, as OpenAI's API does; [fields](../api.md)"),
+    route("POST", COMPLETIONS, Inference, "go on from a text, as OpenAI's API does"),
+    route("POST", EMBEDDINGS, Inference, "vectors of texts, as OpenAI's API gives them"),
+    route("GET", MODELS, Inference, "the models that can be named, as OpenAI's API lists them"),
+    route("GET", MODEL, Inference, "one of them; its name may have slashes"),
+    route("POST", WORKER_HEARTBEAT, Admin, "a worker says how it is"),
+    route("POST", HIVE_HEARTBEAT, Admin, "a hive says how it is"),
+    route("GET", HEARTBEATS_STREAM, Admin, "the merged view of the fleet, for dashboards"),
 ];
 
 /// A hive's routes.
 pub const HIVE: &[Route] = &[
-    route("GET", HEALTH, "the process is up"),
-    route("GET", LIVEZ, "the process is up"),
-    route("GET", READY, "a request sent now would be taken"),
-    route("GET", READYZ, "a request sent now would be taken"),
-    route("GET", INFO, "version, build, uptime"),
-    route("POST", SHUTDOWN, "drain and stop"),
-    route("POST", JOBS, "post one of the hive's operations"),
-    route("GET", JOB, "one job"),
-    route("GET", JOB_STREAM, "a job's events"),
-    route("GET", WORKER_LOGS, "captured output of one worker; `?tail=BYTES`"),
+    route("GET", HEALTH, Public, "the process is up"),
+    route("GET", LIVEZ, Public, "the process is up"),
+    route("GET", READY, Public, "a request sent now would be taken"),
+    route("GET", READYZ, Public, "a request sent now would be taken"),
+    route("GET", INFO, Admin, "version, build, uptime"),
+    route("POST", SHUTDOWN, Admin, "drain and stop"),
+    route("POST", JOBS, Admin, "post one of the hive's operations"),
+    route("GET", JOB, Admin, "one job"),
+    route("GET", JOB_STREAM, Admin, "a job's events"),
+    route("GET", WORKER_LOGS, Admin, "captured output of one worker; `?tail=BYTES`"),
 ];
 
 /// A worker's routes.
 pub const WORKER: &[Route] = &[
-    route("GET", HEALTH, "the process is up"),
-    route("GET", WORKER_READY, "whether the model is loaded, and how far the load is"),
-    route("GET", INFO, "version, build, uptime"),
-    route("POST", INFERENCE, "generate; with `Accept: text/event-stream` the stream is the answer"),
-    route("GET", INFERENCE_STREAM, "the stream of a posted inference, once"),
-    route("DELETE", INFERENCE_ONE, "cancel an inference"),
-    route("GET", CHANNEL, "the events of all inferences posted with this channel, a line `STREAM JSON` each"),
-    route("POST", TOKENIZE, "token ids of a text"),
-    route("POST", DRAIN, "finish and take nothing new"),
+    route("GET", HEALTH, Public, "the process is up"),
+    route("GET", WORKER_READY, Admin, "whether the model is loaded, and how far the load is"),
+    route("GET", INFO, Admin, "version, build, uptime"),
+    route("POST", INFERENCE, Admin, "generate; with `Accept: text/event-stream` the stream is the answer"),
+    route("GET", INFERENCE_STREAM, Admin, "the stream of a posted inference, once"),
+    route("DELETE", INFERENCE_ONE, Admin, "cancel an inference"),
+    route("GET", CHANNEL, Admin, "the events of all inferences posted with this channel, a line `STREAM JSON` each"),
+    route("POST", TOKENIZE, Admin, "token ids of a text"),
+    route("POST", DRAIN, Admin, "finish and take nothing new"),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_no_table_has_is_for_admins() {
+        assert_eq!(access(QUEEN, "GET", HEALTH), Public);
+        assert_eq!(access(QUEEN, "HEAD", HEALTH), Public);
+        assert_eq!(access(QUEEN, "DELETE", HEALTH), Public);
+        assert_eq!(access(QUEEN, "PUT", JOBS), Inference);
+        assert_eq!(access(QUEEN, "POST", SHUTDOWN), Admin);
+        assert_eq!(access(QUEEN, "GET", SHUTDOWN), Admin);
+        assert_eq!(access(QUEEN, "GET", "/v1/new"), Admin);
+        for table in [HIVE, WORKER] {
+            assert!(table.iter().all(|row| row.access != Inference), "keys are the queen's");
+        }
+    }
+}

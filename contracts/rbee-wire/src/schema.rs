@@ -17,6 +17,7 @@ pub fn all() -> Vec<(&'static str, Schema)> {
         ("control_up", schema_for!(crate::worker::ControlUp)),
         ("job_view", schema_for!(crate::view::JobView)),
         ("status_view", schema_for!(crate::view::StatusView)),
+        ("key_view", schema_for!(crate::key::KeyView)),
         ("spawn_view", schema_for!(crate::view::SpawnView)),
         ("info", schema_for!(crate::view::InfoReply)),
     ]

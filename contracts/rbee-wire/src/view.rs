@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::ErrorBody;
 use crate::event::{Timings, Usage};
 use crate::hive::{Device, Process};
-use crate::ids::{DeviceId, HiveId, Incarnation, JobId, WorkerId};
+use crate::ids::{DeviceId, HiveId, Incarnation, JobId, KeyId, WorkerId};
 use crate::model::ModelRef;
 use crate::op::Operation;
 use crate::worker::{LoadProgress, UsedOf, WorkerMemory, WorkerState};
@@ -111,6 +111,9 @@ pub struct JobView {
     pub job_id: JobId,
     /// What it does.
     pub operation: Operation,
+    /// The key it was posted with, if it was one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key_id: Option<KeyId>,
     /// Where it is.
     pub state: JobState,
     /// The model, once known.

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::ErrorBody;
 use crate::ids::{DeviceId, HiveId, Incarnation, JobId, RequestId, WorkerId};
 use crate::job::Generation;
+use crate::key::Tenant;
 use crate::model::ModelRef;
 
 /// A worker's life as others see it.
@@ -148,6 +149,10 @@ pub struct InferenceRequest {
     /// Go on exactly there.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub resume: Option<Resume>,
+    /// Whose cached prompts it may find; those of requests without one unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    #[schemars(with = "Option<String>")]
+    pub tenant: Option<Tenant>,
     /// Send the events over this channel, which is open already.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub channel: Option<ChannelSeat>,

@@ -8,6 +8,7 @@
 //! - Every submitted job ends in exactly one of `Reject`, `Abort`, `Ended` or `Cancel`.
 //! - A worker never has more dispatches than slots.
 //! - No more jobs wait than the limit says.
+//! - While two owners' jobs wait for the same slots, the next goes to the one who has fewer running.
 
 pub mod policy;
 pub mod registry;
@@ -18,7 +19,7 @@ use std::time::Duration;
 
 use rbee_wire::hive::HiveHeartbeat;
 use rbee_wire::worker::{LoadProgress, WorkerHeartbeat};
-use rbee_wire::{DeviceSpec, ErrorBody, HiveId, JobId, ModelRef, WorkerId};
+use rbee_wire::{DeviceSpec, ErrorBody, HiveId, JobId, KeyId, ModelRef, WorkerId};
 
 pub use policy::Policy;
 pub use scheduler::Scheduler;
@@ -39,6 +40,8 @@ pub struct Config {
 /// What a job wants.
 #[derive(Clone, Debug, Default)]
 pub struct Want {
+    /// Whose it is: while jobs wait, everybody gets as many slots as everybody else. Jobs of nobody share one part.
+    pub owner: Option<KeyId>,
     /// The model; the default one unless given.
     pub model: Option<ModelRef>,
     /// Only workers on this device.
@@ -47,8 +50,8 @@ pub struct Want {
     pub worker_id: Option<WorkerId>,
     /// Only workers of this hive.
     pub hive_id: Option<HiveId>,
-    /// Do not load the model.
-    pub no_load: bool,
+    /// Do not load the model: what to do instead.
+    pub no_load: Option<&'static str>,
     /// When it must have ended, on the queen's clock.
     pub deadline: Option<Duration>,
 }

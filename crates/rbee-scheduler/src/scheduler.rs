@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use rbee_wire::view::{HiveView, WorkerView};
 use rbee_wire::worker::{LoadProgress, WorkerState};
-use rbee_wire::{DeviceSpec, ErrorBody, ErrorCode, HiveId, Incarnation, JobId, ModelRef, WorkerId};
+use rbee_wire::{DeviceSpec, ErrorBody, ErrorCode, HiveId, Incarnation, JobId, KeyId, ModelRef, WorkerId};
 use serde_json::json;
 
 use crate::registry::{Back, Beat, DEAD, Gone, Registry, Worker};
@@ -417,10 +417,34 @@ impl Scheduler {
         }
     }
 
-    /// Places what can be placed, oldest first, and tells the others how they stand.
+    /// The waiting jobs in the order of their turns. An owner's own stay in line; of two owners the one who has less running, and
+    /// less of this line before, is next; of two who have the same, the one who has waited longer.
+    fn turns(&mut self) -> VecDeque<JobId> {
+        let waiting = std::mem::take(&mut self.waiting);
+        let owner = |id: &JobId| self.jobs.get(id).map(|job| &job.want.owner);
+        let first = waiting.front().and_then(owner);
+        if waiting.iter().all(|id| owner(id) == first) {
+            return waiting;
+        }
+        let mut has: HashMap<&Option<KeyId>, usize> = HashMap::new();
+        for job in self.jobs.values().filter(|job| job.running.is_some()) {
+            *has.entry(&job.want.owner).or_default() += 1;
+        }
+        let mut turns: Vec<(usize, Duration, JobId)> = Vec::with_capacity(waiting.len());
+        for id in waiting {
+            let Some(job) = self.jobs.get(&id) else { continue };
+            let has = has.entry(&job.want.owner).or_default();
+            turns.push((*has, job.since, id));
+            *has += 1;
+        }
+        turns.sort_by_key(|&(turn, since, _)| (turn, since));
+        turns.into_iter().map(|(_, _, id)| id).collect()
+    }
+
+    /// Places what can be placed, in turn, and tells the others how they stand.
     fn pump(&mut self, now: Duration, out: &mut Vec<Effect>) {
         let mut position = 0;
-        let mut waiting = std::mem::take(&mut self.waiting);
+        let mut waiting = self.turns();
         let mut left = VecDeque::with_capacity(waiting.len());
         while let Some(id) = waiting.pop_front() {
             let Some(job) = self.jobs.get(&id) else { continue };
@@ -500,10 +524,12 @@ impl Scheduler {
         if self.loads.contains_key(&(job.model.clone(), device, want.hive_id.clone())) {
             return Place::AwaitLoad(None);
         }
-        if want.no_load {
+        if let Some(hint) = want.no_load {
             let message = format!("no worker serves {}; {}", job.model, self.inventory());
             return Place::Reject(
-                ErrorBody::new(ErrorCode::NoWorker, message).with_details(json!({ "models": self.models() })),
+                ErrorBody::new(ErrorCode::NoWorker, message)
+                    .with_hint(hint)
+                    .with_details(json!({ "models": self.models() })),
             );
         }
         Place::StartLoad

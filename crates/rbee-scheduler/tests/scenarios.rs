@@ -12,7 +12,7 @@ use proptest::prelude::*;
 use rbee_scheduler::{Config, Effect, Event, Policy, Scheduler, Want};
 use rbee_wire::hive::HiveHeartbeat;
 use rbee_wire::worker::{LoadProgress, WorkerHeartbeat};
-use rbee_wire::{ErrorBody, JobId, ModelRef, WorkerId};
+use rbee_wire::{ErrorBody, JobId, KeyId, ModelRef, WorkerId};
 use serde_json::json;
 
 fn job(name: &str) -> JobId {
@@ -80,10 +80,11 @@ impl Script {
                 for option in options {
                     match option.split_once('=') {
                         Some(("worker", id)) => want.worker_id = Some(worker(id)),
+                        Some(("owner", id)) => want.owner = Some(KeyId::new(id).unwrap()),
                         Some(("deadline", ms)) => {
                             want.deadline = Some(now + Duration::from_millis(ms.parse().unwrap()))
                         }
-                        _ if *option == "no_load" => want.no_load = true,
+                        _ if *option == "no_load" => want.no_load = Some("load it"),
                         _ => want.model = Some(model(option)),
                     }
                 }
@@ -332,6 +333,25 @@ fn what_cannot_be_had_is_refused_by_name() {
 }
 
 #[test]
+fn who_posts_much_waits_behind_who_posts_little() {
+    check(
+        "t=0.0 beat w1 ready tinybee 0/2
+         t=0.1 submit a1 tinybee owner=a -> dispatch a1 w1
+         t=0.1 submit a2 tinybee owner=a -> dispatch a2 w1
+         t=0.1 submit a3 tinybee owner=a -> queued a3 0
+         t=0.1 submit a4 tinybee owner=a -> queued a4 1
+         t=0.2 submit b1 tinybee owner=b -> queued b1 0, queued a3 1, queued a4 2
+         t=0.2 submit b2 tinybee owner=b -> queued b2 1, queued a3 2, queued a4 3
+         t=0.2 submit n1 tinybee -> queued n1 1, queued b2 2, queued a3 3, queued a4 4
+         t=0.3 ended a1 w1 -> dispatch b1 w1, queued n1 0, queued a3 1, queued a4 3
+         t=0.4 ended a2 w1 -> dispatch a3 w1, queued a4 1
+         t=0.5 ended b1 w1 -> dispatch n1 w1, queued b2 0
+         t=0.6 ended n1 w1 -> dispatch b2 w1, queued a4 0
+         t=0.7 ended a3 w1 -> dispatch a4 w1",
+    );
+}
+
+#[test]
 fn the_line_is_bounded_and_nobody_waits_for_ever() {
     check_with(
         config(1),
@@ -396,7 +416,7 @@ proptest! {
                 (0..=2, _) => ["beat", &name, "ready", ["tinybee", "other"][who % 2], &format!("0/{total}"), &life].map(str::to_owned).to_vec(),
                 (3..=5, _) => {
                     submitted += 1;
-                    vec!["submit".into(), format!("j{submitted}"), model.into()]
+                    vec!["submit".into(), format!("j{submitted}"), model.into(), format!("owner=k{}", submitted % 3)]
                 }
                 (6, Some((job, at))) => vec!["first".into(), job, at],
                 (7, Some((job, at))) => {

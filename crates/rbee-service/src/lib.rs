@@ -16,7 +16,7 @@ mod stall;
 
 pub use clock::{Clock, random_hex};
 pub use error::{ApiError, JsonBytes, MAX_BODY, current_request_id};
-pub use guard::{Guard, protect};
+pub use guard::{Caller, Guard, Keyring, protect};
 pub use joblog::{BrokeOff, JobLog, Listener};
 pub use serve::{ServeLimits, bind, port_holder, serve};
 pub use shutdown::{Shutdown, Tasks};

@@ -264,6 +264,7 @@ fn straight_talks(workers: &[HandWorker], enough: &Arc<AtomicBool>) -> Vec<Talk>
                     ..Generation::default()
                 },
                 resume: None,
+                tenant: None,
                 channel: None,
             };
             let bearer = format!("Bearer {}", worker.http.bearer.as_deref().unwrap_or_default());

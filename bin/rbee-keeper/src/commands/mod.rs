@@ -5,6 +5,7 @@ mod daemons;
 mod doctor;
 mod infer;
 mod jobs;
+mod keys;
 mod status;
 mod workers;
 
@@ -38,6 +39,7 @@ pub(crate) async fn run(context: &Context, verb: Verb) -> Result<Outcome, Failur
         Verb::Show(args) => workers::model(context, ModelVerb::Get(args)).await,
         Verb::Rm(args) => workers::model(context, ModelVerb::Delete(args)).await,
         Verb::Job(verb) => jobs::job(context, verb).await,
+        Verb::Key(verb) => keys::key(context, verb).await,
         Verb::Explain(args) => jobs::explain(context, &args.job).await,
         Verb::Config => about::config(context),
         Verb::Doctor => doctor::doctor(context).await,

@@ -10,6 +10,6 @@ mod views;
 
 pub use table::{Table, age, bytes, fields};
 pub use views::{
-    any, binaries, binary, explain, hive, hives, info, job, jobs, process, processes, spawn_note, spawned, status,
-    timings, worker, workers,
+    any, binaries, binary, explain, hive, hives, info, job, jobs, keys, process, processes, spawn_note, spawned,
+    status, timings, worker, workers,
 };

@@ -84,6 +84,21 @@ pub fn age(ms: u64) -> String {
     }
 }
 
+/// Seconds since 1970 as a date and a time of day, UTC.
+pub fn date(seconds: u64) -> String {
+    // Years that begin in March, so that the day which is not always there comes last
+    // (http://howardhinnant.github.io/date_algorithms.html, civil_from_days).
+    let days = seconds / 86_400 + 719_468;
+    let (era, day) = (days / 146_097, days % 146_097);
+    let year = (day - day / 1460 + day / 36_524 - day / 146_096) / 365;
+    let day = day - (365 * year + year / 4 - year / 100);
+    let month = (5 * day + 2) / 153;
+    let day = day - (153 * month + 2) / 5 + 1;
+    let (month, next) = if month < 10 { (month + 3, 0) } else { (month - 9, 1) };
+    let (hour, minute) = (seconds / 3600 % 24, seconds / 60 % 60);
+    format!("{:04}-{month:02}-{day:02}T{hour:02}:{minute:02}Z", year + era * 400 + next)
+}
+
 /// Milliseconds as they were measured.
 pub fn milliseconds(ms: f64) -> String {
     format!("{ms:.1} ms")

@@ -217,6 +217,31 @@ fn what_a_newer_peer_sends_is_shown_field_by_field() {
 }
 
 #[test]
+fn keys_are_a_table_with_the_name_last() {
+    let one = json!({"key_id": "key-1", "name": "the lab's", "scopes": ["inference"], "max_concurrent": 8, "rate": 60,
+        "created": 1_709_210_096, "running": 3});
+    let all = json!({"key_id": "key-2", "name": "me", "scopes": ["inference", "admin"], "created": 0, "running": 0});
+    assert_snapshot!(keys(&[one, all]), @r"
+    KEY    SCOPES           JOBS  AT-ONCE  A-MINUTE  CREATED            NAME
+    key-1  inference        3     8        60        2024-02-29T12:34Z  the lab's
+    key-2  inference,admin  0     -        -         1970-01-01T00:00Z  me
+    ");
+}
+
+#[test]
+fn dates_are_those_of_the_calendar() {
+    for (seconds, want) in [
+        (951_782_399, "2000-02-28T23:59Z"),
+        (951_782_400, "2000-02-29T00:00Z"),
+        (4_107_542_399, "2100-02-28T23:59Z"),
+        (4_107_542_400, "2100-03-01T00:00Z"),
+        (1_767_225_599, "2025-12-31T23:59Z"),
+    ] {
+        assert_eq!(table::date(seconds), want);
+    }
+}
+
+#[test]
 fn units_are_read_at_a_glance() {
     assert_eq!([0, 1023, 1024, 1 << 40, u64::MAX].map(bytes), ["0B", "1023B", "1.0KiB", "1.0TiB", "16777216.0TiB"]);
     assert_eq!([999, 1000, 61_000, 3_660_000, 90_000_000].map(age), ["999ms", "1s", "1m01s", "1h01m", "1d01h"]);

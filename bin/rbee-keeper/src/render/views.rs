@@ -2,6 +2,7 @@
 
 use rbee_wire::event::{Timings, Usage};
 use rbee_wire::hive::Process;
+use rbee_wire::key::KeyView;
 use rbee_wire::view::{
     BinaryView, HiveView, InfoReply, JobState, JobView, SpawnOutcome, SpawnView, StatusView, WorkerView,
 };
@@ -10,7 +11,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::table::{Table, age, bytes, cell, fields, milliseconds};
+use super::table::{Table, age, bytes, cell, date, fields, milliseconds};
 
 /// The values in their type, if all of them are of it.
 fn typed<T: DeserializeOwned>(values: &[Value]) -> Option<Vec<T>> {
@@ -308,6 +309,7 @@ pub fn job(view: &JobView) -> String {
     let mut text = fields(&[
         ("job", view.job_id.to_string()),
         ("operation", view.operation.name().into()),
+        ("key", view.key_id.as_ref().map(ToString::to_string).unwrap_or_default()),
         ("state", word(&view.state)),
         ("model", view.model.as_ref().map(ToString::to_string).unwrap_or_default()),
         ("worker", view.worker_id.as_ref().map(ToString::to_string).unwrap_or_default()),
@@ -323,6 +325,26 @@ pub fn job(view: &JobView) -> String {
         text.push_str(&timings(view.usage.as_ref(), view.timings.as_ref()));
     }
     text
+}
+
+/// Keys. The name stands last: it may have spaces.
+pub fn keys(values: &[Value]) -> String {
+    let Some(views) = typed::<KeyView>(values) else { return any(values) };
+    let mut table = Table::new(&["KEY", "SCOPES", "JOBS", "AT-ONCE", "A-MINUTE", "CREATED", "NAME"]);
+    let limit = |limit: Option<u32>| limit.map(|most| most.to_string()).unwrap_or_default();
+    for view in views {
+        let scopes: Vec<String> = view.scopes.iter().map(word).collect();
+        table.row([
+            view.key_id.to_string(),
+            scopes.join(","),
+            view.running.to_string(),
+            limit(view.limits.max_concurrent),
+            limit(view.limits.rate),
+            date(view.created),
+            view.name,
+        ]);
+    }
+    table.text()
 }
 
 /// The decisions on a job's way.
