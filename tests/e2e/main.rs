@@ -18,6 +18,7 @@ mod loading;
 mod metrics;
 mod openai;
 mod queue;
+mod routes;
 mod sdk;
 mod security;
 mod start;
