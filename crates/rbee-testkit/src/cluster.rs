@@ -21,6 +21,7 @@ use crate::command::{self, Input, Output, Running};
 use crate::http::{Http, Stream, Told};
 use crate::port;
 use crate::process::{self, Process, Signal};
+use crate::terminal::Terminal;
 use crate::wait::{patience, wait_for};
 
 /// Time in which every process is gone after `down`.
@@ -140,6 +141,15 @@ impl<'a> Cmd<'a> {
     #[track_caller]
     pub fn start(self) -> Running {
         command::spawn(self.command, self.input)
+    }
+
+    /// Starts it on a terminal of this size.
+    ///
+    /// # Panics
+    /// When it cannot be started.
+    #[track_caller]
+    pub fn on_terminal(self, columns: u16, rows: u16) -> Terminal {
+        Terminal::start(self.command, columns, rows)
     }
 }
 

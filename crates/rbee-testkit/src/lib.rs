@@ -17,10 +17,14 @@ pub mod process;
 pub mod scripted;
 pub mod sim;
 pub mod story;
+pub mod tap;
+pub mod terminal;
 pub mod wait;
 
 pub use canary::CANARY;
 pub use cluster::{Cluster, Cmd, HandWorker, Setup};
 pub use command::{Output, Running};
 pub use process::Signal;
+pub use tap::Tap;
+pub use terminal::Terminal;
 pub use wait::{patience, wait_for};
