@@ -63,6 +63,7 @@ const RESERVED: &[(&str, &[&str])] = &[
     ("reqwest", &["rbee-client"]),
     ("candle", &["rbee-kernels", "rbee-models"]),
     ("cudarc", &["rbee-cuda"]),
+    ("rustyline", &["rbee-keeper"]),
 ];
 
 /// Crates that do no IO and read no clock.
@@ -258,6 +259,7 @@ mod tests {
         found(&member("rbee-client", &[("axum", "normal")]), "depends on axum");
         found(&member("queen-rbee", &[("reqwest", "normal")]), "depends on reqwest");
         found(&member("rbee-hive", &[("candle-core", "normal")]), "depends on candle-core");
+        found(&member("rbee-client", &[("rustyline", "normal")]), "depends on rustyline");
         found(&member("rbee-keeper", &[("rbee-testkit", "normal")]), "outside its tests");
         found(&member("rbee-new", &[]), "not in the table");
         found(&Member { clippy: None, ..member("rbee-wire", &[]) }, "does not ban Instant::now");

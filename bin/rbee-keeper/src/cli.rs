@@ -63,7 +63,9 @@ pub enum Color {
 pub enum Verb {
     /// Generate text from a prompt
     Infer(InferArgs),
-    /// Generate text with a model, from a prompt or a pipe
+    /// Talk with a model in the terminal
+    Chat(ChatArgs),
+    /// Generate text with a model from a prompt or a pipe, or talk with it
     Run(RunArgs),
     /// What the queen sees: hives, workers, models, jobs
     #[command(visible_alias = "ps")]
@@ -113,15 +115,12 @@ pub enum Verb {
     Version,
 }
 
-/// How text is generated and shown.
+/// What answers are like and who may give them.
 #[derive(Args, Clone, Debug, Default)]
-pub struct GenerateArgs {
+pub struct AnswerArgs {
     /// The system message
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub system: Option<String>,
-    /// Send the prompt as it is, without the model's chat template
-    #[arg(long, conflicts_with = "system")]
-    pub raw: bool,
     /// Most tokens to generate; what the context leaves unless given
     #[arg(long, value_name = "N")]
     pub max_tokens: Option<u64>,
@@ -158,12 +157,23 @@ pub struct GenerateArgs {
     /// Most milliseconds from the request to its end
     #[arg(long, value_name = "N")]
     pub deadline_ms: Option<u64>,
-    /// Print the text when it is whole
-    #[arg(long)]
-    pub no_stream: bool,
     /// Do not load the model when no worker serves it
     #[arg(long)]
     pub no_load: bool,
+}
+
+/// How one text is generated and shown.
+#[derive(Args, Clone, Debug, Default)]
+pub struct GenerateArgs {
+    /// What it is like and who may give it.
+    #[command(flatten)]
+    pub answer: AnswerArgs,
+    /// Send the prompt as it is, without the model's chat template
+    #[arg(long, conflicts_with = "system")]
+    pub raw: bool,
+    /// Print the text when it is whole
+    #[arg(long)]
+    pub no_stream: bool,
     /// Print the job's id and leave; `rbee job attach ID` shows its text
     #[arg(long, conflicts_with_all = ["no_stream", "timings"])]
     pub detach: bool,
@@ -184,9 +194,20 @@ pub struct InferArgs {
     /// The model: tinybee, org/name, a folder; the default one unless given
     #[arg(short, long, value_name = "REF")]
     pub model: Option<String>,
-    /// How text is generated and shown.
+    /// How the text is generated and shown.
     #[command(flatten)]
     pub generate: GenerateArgs,
+}
+
+/// `rbee chat`.
+#[derive(Args, Clone, Debug, Default)]
+pub struct ChatArgs {
+    /// The model: tinybee, org/name, a folder; the default one unless given
+    #[arg(short, long, value_name = "REF")]
+    pub model: Option<String>,
+    /// What answers are like and who may give them.
+    #[command(flatten)]
+    pub answer: AnswerArgs,
 }
 
 /// `rbee run`.
@@ -194,10 +215,10 @@ pub struct InferArgs {
 pub struct RunArgs {
     /// The model: tinybee, org/name, a folder
     pub model: String,
-    /// The prompt; `-` or a pipe reads stdin
+    /// The prompt; `-` or a pipe reads stdin, and none on a terminal is a chat
     #[arg(value_name = "PROMPT")]
     pub text: Option<String>,
-    /// How text is generated and shown.
+    /// How the text is generated and shown.
     #[command(flatten)]
     pub generate: GenerateArgs,
 }

@@ -7,6 +7,7 @@ use rbee_client::{EventStream, QueenClient, StreamEvent};
 use rbee_wire::event::{Event, NoteLevel};
 use rbee_wire::{JobId, JobRequest};
 use serde_json::Value;
+use tokio::signal::unix::Signal;
 
 use crate::exit::{Exit, Failure};
 use crate::settings::Context;
@@ -158,11 +159,15 @@ pub async fn call(context: &Context, queen: &QueenClient, job: &JobRequest) -> R
     Ok(values)
 }
 
-/// Cancels the job under way, if there is one; gives up after a moment.
-pub async fn cancel_current(context: &Context) {
+/// Cancels the job under way, if there is one; gives up after a moment, or at a second Ctrl-C.
+pub async fn cancel_current(context: &Context, interrupts: &mut Signal) {
+    context.printer.progress_over();
     let current: Option<(QueenClient, JobId)> = context.current.take();
     if let Some((client, job)) = current {
-        let _ = tokio::time::timeout(Duration::from_secs(2), client.cancel(&job)).await;
+        tokio::select! {
+            _ = tokio::time::timeout(Duration::from_secs(2), client.cancel(&job)) => {}
+            _ = interrupts.recv() => {}
+        }
     }
 }
 

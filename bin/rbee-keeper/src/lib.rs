@@ -23,7 +23,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::cli::{Cli, Verb};
 use crate::exit::{Exit, Failure};
 use crate::printer::{Outcome, Printer};
-use crate::settings::Context;
+use crate::settings::{Context, CtrlC};
 
 /// The command line's description, for the generated reference and the completions.
 pub fn cli() -> clap::Command {
@@ -64,11 +64,11 @@ fn execute(context: &Context, verb: Verb) -> Result<Exit, Failure> {
         let mut interrupts = signal(SignalKind::interrupt())?;
         let outcome = tokio::select! {
             outcome = commands::run(context, verb) => outcome,
-            _ = interrupts.recv() => Err(Failure::interrupted()),
+            () = ended(context, &mut interrupts) => Err(Failure::interrupted()),
         };
         // Whoever asked has left or does not want it any more: nobody is to compute it.
         if outcome.as_ref().is_err_and(|failure| failure.reader_left || failure.exit == Exit::Interrupted) {
-            cancel(context, &mut interrupts).await;
+            follow::cancel_current(context, &mut interrupts).await;
         }
         outcome
     });
@@ -83,12 +83,13 @@ fn execute(context: &Context, verb: Verb) -> Result<Exit, Failure> {
     }
 }
 
-/// Cancels the job under way; a second Ctrl-C does not wait for it.
-async fn cancel(context: &Context, interrupts: &mut Signal) {
-    context.printer.progress_over();
-    tokio::select! {
-        () = follow::cancel_current(context) => {}
-        _ = interrupts.recv() => {}
+/// Waits for a Ctrl-C that ends the program.
+async fn ended(context: &Context, interrupts: &mut Signal) {
+    loop {
+        interrupts.recv().await;
+        if context.ctrl_c.get() == CtrlC::Program {
+            return;
+        }
     }
 }
 

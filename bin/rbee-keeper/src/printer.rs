@@ -82,6 +82,7 @@ pub struct Printer {
     pub stdout_terminal: bool,
     stderr_terminal: bool,
     color: bool,
+    titles: bool,
     line_shown: Cell<bool>,
     waiting: RefCell<Option<Waiting>>,
 }
@@ -96,7 +97,8 @@ impl Printer {
     /// As the flags, the environment and the terminals say.
     pub fn new(global: &Global, env: &dyn Fn(&str) -> Option<String>) -> Self {
         let stderr_terminal = io::stderr().is_terminal();
-        let plain = env("NO_COLOR").is_some_and(|text| !text.is_empty()) || env("TERM").as_deref() == Some("dumb");
+        let dumb = env("TERM").as_deref() == Some("dumb");
+        let plain = env("NO_COLOR").is_some_and(|text| !text.is_empty()) || dumb;
         Self {
             data: if global.json { Data::Json } else { Data::Text },
             talk: match (global.quiet, global.verbose) {
@@ -111,6 +113,7 @@ impl Printer {
                 Color::Always => true,
                 Color::Never => false,
             },
+            titles: stderr_terminal && !dumb && !global.quiet,
             line_shown: Cell::new(false),
             waiting: RefCell::new(None),
         }
@@ -197,7 +200,8 @@ impl Printer {
         let waiting = waiting.get_or_insert(Waiting { since: now, told: None });
         if self.stderr_terminal {
             if now.duration_since(waiting.since) >= SHOW_AFTER {
-                let shown: String = printable(text).chars().take(100).collect();
+                // A line that wrapped could not be overwritten.
+                let shown: String = printable(text).chars().take(columns().min(100)).collect();
                 let _ = write!(io::stderr(), "\r\x1b[K{shown}");
                 self.line_shown.set(true);
             }
@@ -211,6 +215,11 @@ impl Printer {
     pub fn progress_over(&self) {
         self.clear_line();
         *self.waiting.borrow_mut() = None;
+    }
+
+    /// The terminal's title, to be taken over while something is under way.
+    pub fn title(&self) -> Title {
+        Title { seen: self.titles, taken: false }
     }
 
     fn clear_line(&self) {
@@ -234,6 +243,43 @@ impl Printer {
         } else {
             writeln!(io::stderr(), "{label}{text}")
         };
+    }
+}
+
+/// The terminal's title while something is under way: read without a sign among the text. The terminal keeps the
+/// one it had and gets it back.
+#[derive(Debug)]
+pub struct Title {
+    seen: bool,
+    taken: bool,
+}
+
+impl Title {
+    /// Says this.
+    pub fn set(&mut self, text: &str) {
+        if self.seen {
+            let keep = if self.taken { "" } else { "\x1b[22;2t" };
+            self.taken = true;
+            let _ = write!(io::stderr(), "{keep}\x1b]2;{}\x07", printable(text).replace('\n', " "));
+        }
+    }
+}
+
+impl Drop for Title {
+    fn drop(&mut self) {
+        if self.taken {
+            // A terminal that keeps no titles is left with one that is not wrong.
+            self.set("rbee");
+            let _ = write!(io::stderr(), "\x1b[23;2t");
+        }
+    }
+}
+
+/// What fits on a line of the terminal on stderr.
+fn columns() -> usize {
+    match rustix::termios::tcgetwinsize(io::stderr()) {
+        Ok(size) if size.ws_col > 1 => usize::from(size.ws_col) - 1,
+        _ => 79,
     }
 }
 

@@ -1,7 +1,7 @@
 //! What every command knows before it runs: flags, environment and `config.toml` merged, the queen's
 //! address, and how to print. The environment is read here and nowhere else.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 
@@ -32,6 +32,17 @@ pub struct Context {
     pub user: Option<PathBuf>,
     /// The job that Ctrl-C or a reader that leaves must cancel.
     pub current: RefCell<Option<(QueenClient, JobId)>>,
+    /// What Ctrl-C ends.
+    pub ctrl_c: Cell<CtrlC>,
+}
+
+/// What Ctrl-C ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum CtrlC {
+    /// The program.
+    Program,
+    /// What the command under way makes of it: an answer, a line.
+    Part,
 }
 
 /// Whether daemons may be started.
@@ -64,7 +75,17 @@ impl Context {
         let api_key = key.or_else(|| queen.loopback.then(|| settings.token.value.clone()).flatten());
         let start = if global.no_start { AutoStart::Never } else { AutoStart::Allowed };
         let user = env("HOME").map(PathBuf::from).filter(|path| path.is_absolute());
-        Ok(Self { home, settings, queen, api_key, start, printer, user, current: RefCell::new(None) })
+        Ok(Self {
+            home,
+            settings,
+            queen,
+            api_key,
+            start,
+            printer,
+            user,
+            current: RefCell::new(None),
+            ctrl_c: Cell::new(CtrlC::Program),
+        })
     }
 
     /// A client of the queen.

@@ -10,7 +10,8 @@ use rbee_wire::model::TINYBEE;
 use rbee_wire::{ErrorBody, ErrorCode, JobRequest, ModelRef};
 use serde_json::json;
 
-use crate::cli::{GenerateArgs, InferArgs, RunArgs};
+use super::chat;
+use crate::cli::{AnswerArgs, ChatArgs, GenerateArgs, InferArgs, RunArgs};
 use crate::connect::{self, Start};
 use crate::exit::{Exit, Failure, stdout_failure};
 use crate::follow::{Follower, cancelled};
@@ -28,9 +29,18 @@ pub(crate) async fn infer(context: &Context, args: InferArgs) -> Result<Outcome,
 
 /// `rbee run`.
 pub(crate) async fn run(context: &Context, args: RunArgs) -> Result<Outcome, Failure> {
-    let no_prompt = "no prompt: give it as an argument or through a pipe (this build has no interactive chat)";
-    let prompt = prompt(args.text, args.generate.raw, no_prompt).await?;
-    generate(context, Some(&args.model), prompt, args.generate).await
+    let RunArgs { model, text, generate: args } = args;
+    if text.is_some() || !io::stdin().is_terminal() {
+        let prompt = prompt(text, args.raw, "no prompt: give it as an argument or through a pipe").await?;
+        return generate(context, Some(&model), prompt, args).await;
+    }
+    let of_one_text =
+        [("--raw", args.raw), ("--no-stream", args.no_stream), ("--detach", args.detach), ("--timings", args.timings)];
+    if let Some((flag, _)) = of_one_text.into_iter().find(|(_, given)| *given) {
+        return Err(Failure::usage(format!("without a prompt this is a chat, which has no {flag}"))
+            .hint("give the prompt as an argument or through a pipe"));
+    }
+    chat::chat(context, ChatArgs { model: Some(model), answer: args.answer }).await
 }
 
 async fn generate(
@@ -43,10 +53,8 @@ async fn generate(
         Print { stream: if args.no_stream { Stream::AtTheEnd } else { Stream::AsItComes }, timings: args.timings };
     let detach = args.detach;
     let model = model.map(|model| model_ref(model, context.user.as_deref())).transpose()?;
-    let job = request(model, prompt, args);
     // What can be seen to be wrong is said before anything is started.
-    let bytes = serde_json::to_vec(&job).map_err(io::Error::from)?;
-    let job = JobRequest::parse(&bytes).map_err(Failure::refused)?;
+    let job = checked(&request(model, prompt, args))?;
     let queen = connect::queen(context, Start::IfNeeded).await?;
     if detach {
         let accepted = queen.post_job(&job, None).await?;
@@ -58,17 +66,25 @@ async fn generate(
 }
 
 fn request(model: Option<ModelRef>, prompt: String, args: GenerateArgs) -> JobRequest {
-    let (prompt, messages) = if args.raw {
-        (Some(prompt), None)
+    let GenerateArgs { mut answer, raw, detach, .. } = args;
+    let system = answer.system.take();
+    let mut infer = settings(model, answer);
+    if raw {
+        infer.generation.prompt = Some(prompt);
+        infer.generation.raw = Some(true);
     } else {
-        let system = args.system.map(|text| Message::new("system", text));
-        (None, Some(system.into_iter().chain([Message::new("user", prompt)]).collect()))
-    };
-    JobRequest::Infer(Box::new(Infer {
+        let system = system.map(|text| Message::new("system", text));
+        infer.generation.messages = Some(system.into_iter().chain([Message::new("user", prompt)]).collect());
+    }
+    infer.detach = detach.then_some(true);
+    JobRequest::Infer(Box::new(infer))
+}
+
+/// A request as the flags say, but for what is to be answered.
+pub(super) fn settings(model: Option<ModelRef>, args: AnswerArgs) -> Infer {
+    Infer {
         model,
         generation: Generation {
-            prompt,
-            messages,
             max_tokens: args.max_tokens,
             temperature: args.temperature,
             top_p: args.top_p,
@@ -77,17 +93,24 @@ fn request(model: Option<ModelRef>, prompt: String, args: GenerateArgs) -> JobRe
             repetition_penalty: args.repeat_penalty,
             stop: args.stop,
             seed: args.seed,
-            raw: args.raw.then_some(true),
             ..Generation::default()
         },
         device: args.device,
         worker_id: args.worker_id,
         hive_id: args.hive,
         deadline_ms: args.deadline_ms,
-        detach: args.detach.then_some(true),
         no_load: args.no_load.then_some(true),
         ..Infer::default()
-    }))
+    }
+}
+
+/// The job as the queen will read it.
+///
+/// # Errors
+/// When the queen would refuse it.
+pub(super) fn checked(job: &JobRequest) -> Result<JobRequest, Failure> {
+    let bytes = serde_json::to_vec(job).map_err(io::Error::from)?;
+    JobRequest::parse(&bytes).map_err(Failure::refused)
 }
 
 /// The prompt: as given, or read from stdin for `-` and where none is given and stdin is no terminal.
@@ -173,7 +196,7 @@ pub(crate) struct Print {
 /// Shows a job's stream to its end.
 pub(crate) async fn follow(context: &Context, mut job: Follower<'_>, print: Print) -> Result<Outcome, Failure> {
     let printer = &context.printer;
-    let mut out = Text { terminal: printer.stdout_terminal, last: '\n' };
+    let mut out = Text::new(printer.stdout_terminal);
     let mut texts: Vec<String> = Vec::new();
     let mut thinks = false;
     while let Some(event) = job.next().await? {
@@ -244,13 +267,18 @@ fn keep(texts: &mut Vec<String>, token: Token) -> Result<(), Failure> {
 }
 
 /// Generated text on stdout.
-struct Text {
+pub(super) struct Text {
     terminal: bool,
     last: char,
 }
 
 impl Text {
-    async fn write(&mut self, text: &str) -> Result<(), Failure> {
+    pub(super) fn new(terminal: bool) -> Self {
+        Self { terminal, last: '\n' }
+    }
+
+    /// Writes it as it may be shown.
+    pub(super) async fn write(&mut self, text: &str) -> Result<(), Failure> {
         let Some(last) = text.chars().next_back() else { return Ok(()) };
         self.last = last;
         // A model's text must not move a person's cursor; a pipe gets the very bytes.
@@ -258,7 +286,8 @@ impl Text {
         write(bytes).await
     }
 
-    async fn end(&mut self) -> Result<(), Failure> {
+    /// What comes next on a terminal begins a line.
+    pub(super) async fn end(&mut self) -> Result<(), Failure> {
         if self.terminal && self.last != '\n' { self.write("\n").await } else { Ok(()) }
     }
 }
@@ -281,12 +310,19 @@ mod tests {
     fn a_chat_message_is_sent_unless_raw() {
         let json = |args: GenerateArgs| serde_json::to_value(request(None, "hi".into(), args)).unwrap();
         assert_eq!(
-            json(GenerateArgs { system: Some("be".into()), temperature: Some(0.5), ..Default::default() }),
+            json(GenerateArgs {
+                answer: AnswerArgs { system: Some("be".into()), temperature: Some(0.5), ..Default::default() },
+                ..Default::default()
+            }),
             json!({"operation": "infer", "temperature": 0.5, "messages": [
                 {"role": "system", "content": "be"}, {"role": "user", "content": "hi"}]})
         );
         assert_eq!(
-            json(GenerateArgs { raw: true, stop: vec!["x".into()], ..Default::default() }),
+            json(GenerateArgs {
+                answer: AnswerArgs { stop: vec!["x".into()], ..Default::default() },
+                raw: true,
+                ..Default::default()
+            }),
             json!({"operation": "infer", "prompt": "hi", "raw": true, "stop": ["x"]})
         );
     }

@@ -1,6 +1,7 @@
 //! A file per family of verbs. A command returns its result; those that stream print as they go along.
 
 mod about;
+mod chat;
 mod daemons;
 mod doctor;
 mod infer;
@@ -26,6 +27,7 @@ use crate::settings::Context;
 pub(crate) async fn run(context: &Context, verb: Verb) -> Result<Outcome, Failure> {
     match verb {
         Verb::Infer(args) => infer::infer(context, args).await,
+        Verb::Chat(args) => chat::chat(context, args).await,
         Verb::Run(args) => infer::run(context, args).await,
         Verb::Status(args) => status::status(context, args).await,
         Verb::Up => daemons::up(context).await,
