@@ -7,6 +7,7 @@
 
 mod bad_input;
 mod broken_models;
+mod budget;
 mod chat;
 mod embeddings;
 mod families;

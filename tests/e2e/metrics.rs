@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use rbee_testkit::{Cluster, Setup, wait_for};
+use rbee_testkit::http::Http;
+use rbee_testkit::{Cluster, Setup, patience, wait_for};
 use serde_json::json;
 
 use crate::{infer, prompt, with};
@@ -67,10 +68,30 @@ fn what_a_vllm_dashboard_asks_for_is_there_and_right() {
     assert!(of("vllm:inter_token_latency_seconds_count") >= 59.0);
     assert!(of("vllm:inter_token_latency_seconds_sum") >= 0.2);
     assert!(of("vllm:kv_cache_usage_perc") <= 1.0);
+    assert_eq!(of("vllm:num_preemptions_total"), 0.0);
     assert_eq!((of("rbee_worker_slots"), value(&seen, "rbee_hives", &[])), (1.0, Some(1.0)));
     running.close();
     wait_for("the other to be done", Duration::from_secs(5), || {
         let view = cluster.job_view(&waiting);
         view.usage.map(|_| ()).ok_or_else(|| format!("{view:?}"))
     });
+}
+
+#[test]
+fn a_hive_tells_of_its_processes_and_a_worker_of_its_engine() {
+    let cluster = Setup::sim("").warm();
+    cluster.job(&infer(&prompt("engines"), 20)).done();
+    let hive = Http::new(cluster.hive).get("/metrics").text();
+    assert_eq!(value(&hive, "rbee_hive_workers", &["state=\"ready\""]), Some(1.0), "{hive}");
+    assert_eq!(value(&hive, "rbee_hive_workers", &["state=\"backoff\""]), Some(0.0));
+    assert_eq!(value(&hive, "rbee_hive_worker_restarts", &["worker="]), Some(0.0));
+
+    let worker = cluster.worker_by_hand(&[]);
+    let text = wait_for("the worker to serve", patience(Duration::from_secs(1)), || {
+        let text = worker.http.get("/metrics").text();
+        let blocks = value(&text, "rbee_engine_kv_blocks", &["engine="]);
+        if blocks.is_some_and(|blocks| blocks > 0.0) { Ok(text) } else { Err(text) }
+    });
+    assert_eq!(value(&text, "rbee_engine_preemptions_total", &["model_name=\"tinybee\""]), Some(0.0), "{text}");
+    worker.stop();
 }

@@ -25,6 +25,11 @@ pub fn page() -> String {
          - A stream that fails after its first token ends in such an error as its last event, and never in `[DONE]`.\n\
          - Events have no `id` and no name; keep-alives are comments of one line.\n\
          - A client that leaves cancels its answer, streamed or not.\n\
+         - `Server-Timing` says where the time went until the headers were sent, in milliseconds: queue, load, prefill, of it network, decode, total. \
+         A `traceparent` is written into the logs of queen and worker.\n\
+         - A whole answer that is over 300 s away is refused with 503 and `Retry-After`; a stream waits.\n\
+         - Reasoning is in `reasoning_content`, where the model's family has it apart from the answer. `tools` are refused by models whose \
+         template has no place for them.\n\
          - `system_fingerprint` is release, build, weights and numerics id: two answers that share it came from the same arithmetic.\n",
     );
     for endpoint in Endpoint::ALL {

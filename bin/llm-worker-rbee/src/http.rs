@@ -11,7 +11,7 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
-use rbee_service::{ApiError, Clock, Guard, JsonBytes, protect, sse};
+use rbee_service::{ApiError, Clock, Exposition, Guard, JsonBytes, protect, sse};
 use rbee_wire::channel::CONTENT_TYPE;
 use rbee_wire::job::JobAccepted;
 use rbee_wire::view::InfoReply;
@@ -22,7 +22,7 @@ use serde_json::{Value, json};
 use crate::backend::Loaded;
 use crate::channels::Channels;
 use crate::inference::{self, Canceller, Framing, Inference};
-use crate::status::{Phase, Status};
+use crate::status::{Phase, Rates, Status};
 
 /// Inferences posted and not yet listened to, at most.
 const MAX_PARKED: usize = 256;
@@ -52,6 +52,7 @@ pub fn router(status: Status, clock: Clock) -> Router {
         .route(routes::HEALTH, get(|| async { Json(json!({ "ok": true })) }))
         .route(routes::WORKER_READY, get(ready))
         .route(routes::INFO, get(info))
+        .route(routes::METRICS, get(metrics))
         .route(routes::INFERENCE, post(infer))
         .route(routes::INFERENCE_ONE, delete(cancel))
         .route(routes::INFERENCE_STREAM, get(listen))
@@ -84,6 +85,31 @@ async fn info(State(api): State<Api>) -> Json<InfoReply> {
         home_proof: None,
         features: vec!["cpu".into(), "sim".into()],
     })
+}
+
+/// What the engine counts. Requests, their tokens and times are the queen's to count: adding up what both say counts nothing twice.
+async fn metrics(State(api): State<Api>) -> Exposition {
+    let beat = api.status.heartbeat(0, Rates::default());
+    let stats = api.status.loaded().map(|loaded| loaded.engine.stats()).unwrap_or_default();
+    let mut out = Exposition::new(&[("model_name", &beat.model.to_string()), ("engine", beat.worker_id.as_str())]);
+    out.gauge("rbee_engine_slots", "Sequences that can run at once", stats.slots_total as f64);
+    out.gauge("rbee_engine_running", "Sequences that run", stats.slots_used as f64);
+    out.gauge("rbee_engine_waiting", "Sequences that wait for a slot or for KV", stats.waiting as f64);
+    out.gauge("rbee_engine_kv_blocks", "KV blocks in all", stats.kv_blocks_total as f64);
+    out.gauge("rbee_engine_kv_blocks_used", "KV blocks that sequences have", stats.kv_blocks_used as f64);
+    out.gauge(
+        "rbee_engine_kv_blocks_cached",
+        "KV blocks kept for prompts that begin alike",
+        stats.kv_blocks_cached as f64,
+    );
+    out.counter("rbee_engine_prefix_queries", "Prompt tokens looked for in the prefix cache", stats.prefix_queries);
+    out.counter("rbee_engine_prefix_hits", "Prompt tokens found there", stats.prefix_hits);
+    out.counter("rbee_engine_preemptions", "Sequences that gave their KV up to others", stats.preemptions);
+    out.counter("rbee_engine_prompt_tokens", "Prompt tokens computed", stats.prompt_tokens);
+    out.counter("rbee_engine_generated_tokens", "Tokens generated", stats.generated_tokens);
+    out.counter("rbee_engine_steps", "Layers of steps computed", stats.steps);
+    out.gauge("rbee_engine_memory_bytes", "Resident memory", beat.memory.total as f64);
+    out
 }
 
 impl Api {

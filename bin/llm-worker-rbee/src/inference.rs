@@ -3,6 +3,7 @@
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::sync::Arc;
 use std::task::Poll;
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use futures::Stream;
@@ -72,6 +73,8 @@ struct StreamFacts {
     model: ModelRef,
     seed: u64,
     note: Option<String>,
+    /// When the request was there.
+    received: Instant,
     loaded: Arc<Loaded>,
     status: Status,
 }
@@ -81,13 +84,18 @@ struct StreamFacts {
 /// # Errors
 /// Whatever the request is refused for; nothing of it is kept then.
 pub fn begin(status: &Status, loaded: Arc<Loaded>, request: InferenceRequest) -> Result<Inference, ErrorBody> {
-    let InferenceRequest { job_id, generation, resume, tenant, .. } = request;
+    let received = Instant::now();
+    let InferenceRequest { job_id, request_id, traceparent, generation, resume, tenant, .. } = request;
+    if let Some(trace) = &traceparent {
+        tracing::info!(job = %job_id, request = %request_id, trace = trace.trace_id(), "a traced inference begins");
+    }
     let facts = |seed, note| StreamFacts {
         job_id: job_id.clone(),
         worker_id: status.charge().worker_id.clone(),
         model: status.model().clone(),
         seed,
         note,
+        received,
         loaded: Arc::clone(&loaded),
         status: status.clone(),
     };
@@ -211,8 +219,13 @@ impl Inference {
                 };
                 for mut event in events {
                     if let (Event::Done(done), Source::Answer(tokens)) = (&mut event, &source) {
-                        let decode_ms = tokens.decode_time().as_secs_f64() * 1e3;
-                        done.timings = Some(Timings { decode_ms, ..Timings::default() });
+                        let ms = |time: Duration| time.as_secs_f64() * 1e3;
+                        let prefill = tokens.first_computed().map(|at| at.saturating_duration_since(facts.received));
+                        done.timings = Some(Timings {
+                            prefill_ms: ms(prefill.unwrap_or_default()),
+                            decode_ms: ms(tokens.decode_time()),
+                            ..Timings::default()
+                        });
                     }
                     over |= event.is_end();
                     let json = serde_json::to_vec(&event).expect("wire types serialize to JSON");

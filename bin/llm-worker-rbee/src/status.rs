@@ -173,6 +173,7 @@ impl Status {
             slots: loaded.as_ref().map(|loaded| slots(&loaded.engine)).unwrap_or_default(),
             queue: stats.waiting as u64,
             kv_blocks: UsedOf { total: stats.kv_blocks_total as u64, used: stats.kv_blocks_used as u64 },
+            preemptions: stats.preemptions,
             steps: stats.steps,
             working: stats.working,
             numerics_id,

@@ -242,12 +242,13 @@ impl Hands {
             }
             Effect::Progress { job, progress } => {
                 if let Some(job) = self.jobs.get(&job) {
+                    let eta = job.facts().load_pace.eta(now, &progress);
                     job.log.push(&Event::Progress {
                         stage: progress.stage,
                         done: progress.done,
                         total: progress.total,
                         unit: progress.unit,
-                        eta_ms: None,
+                        eta_ms: eta.map(|eta| u64::try_from(eta.as_millis()).unwrap_or(u64::MAX)),
                         detail: None,
                     });
                 }

@@ -10,10 +10,12 @@ use rbee_service::{Caller, Clock, JobLog, random_hex};
 use rbee_wire::event::{ChoiceEnd, Done, Event, FinishReason, Timings, Usage};
 use rbee_wire::view::{Decision, JobState, JobView};
 use rbee_wire::{
-    ErrorBody, ErrorCode, Incarnation, JobId, JobRequest, KeyId, ModelRef, Operation, RequestId, Scope, WorkerId,
+    ErrorBody, ErrorCode, Incarnation, JobId, JobRequest, KeyId, ModelRef, Operation, RequestId, Scope, TraceParent,
+    WorkerId,
 };
 use tokio_util::sync::CancellationToken;
 
+use crate::eta::Pace;
 use crate::keys::{Key, Permit};
 use crate::metrics::{Ended, Metrics};
 
@@ -37,6 +39,8 @@ pub struct Job {
     pub request: JobRequest,
     /// The request's label.
     pub request_id: RequestId,
+    /// The trace it belongs to, if its caller has one.
+    pub trace: Option<TraceParent>,
     /// Its events.
     pub log: Arc<JobLog>,
     /// The key it was posted with.
@@ -54,6 +58,15 @@ pub struct Job {
     permit: Mutex<Option<Permit>>,
 }
 
+/// What a request says of where it comes from: labels, which decide nothing.
+#[derive(Clone, Debug)]
+pub struct Origin {
+    /// The request's own.
+    pub request_id: RequestId,
+    /// Its trace.
+    pub trace: Option<TraceParent>,
+}
+
 /// What changes in a job's life.
 #[derive(Clone, Debug)]
 pub struct Facts {
@@ -65,6 +78,8 @@ pub struct Facts {
     pub worker: Option<WorkerId>,
     /// When it began to wait for a load.
     pub loading_since: Option<Duration>,
+    /// How fast its model loads.
+    pub load_pace: Pace,
     /// Time it waited for loads.
     pub load: Duration,
     /// When it was dispatched last.
@@ -112,24 +127,34 @@ impl Job {
         }
     }
 
-    /// Where the time went until now; `decode` is from the first token to the last as the worker's engine computed them:
-    /// events that come here together were not made together.
-    fn timings(&self, facts: &Facts, now: Duration, decode: Option<f64>) -> Timings {
+    /// Where the time went until now. `worker` is what the worker itself took to the first token, and from there to the last, as its
+    /// engine computed them: events that come here together were not made together.
+    fn timings(&self, facts: &Facts, now: Duration, worker: Option<Timings>) -> Timings {
         let ms = |span: Duration| span.as_secs_f64() * 1e3;
         let before = facts.dispatched.unwrap_or(now).saturating_sub(self.posted);
         let last = facts.last_token.unwrap_or(now);
         let worked = facts.dispatched.map_or(0.0, |from| ms(last.saturating_sub(from)));
         let heard = ms(last.saturating_sub(facts.first_token.unwrap_or(now)));
-        let decode_ms = decode.filter(|decode| (0.0..=worked).contains(decode)).unwrap_or(heard);
+        let worker = worker.unwrap_or_default();
+        let decode_ms = Some(worker.decode_ms).filter(|ms| *ms > 0.0 && *ms <= worked).unwrap_or(heard);
+        let prefill_ms = if facts.first_token.is_some() { worked - decode_ms } else { 0.0 };
+        let away = (0.0..=prefill_ms).contains(&worker.prefill_ms) && worker.prefill_ms > 0.0;
         let after_first = facts.tokens.saturating_sub(1) as f64;
         Timings {
             queue_ms: ms(before.saturating_sub(facts.load)),
             load_ms: ms(facts.load),
-            prefill_ms: if facts.first_token.is_some() { worked - decode_ms } else { 0.0 },
+            prefill_ms,
+            network_ms: if away { prefill_ms - worker.prefill_ms } else { 0.0 },
             decode_ms,
             total_ms: ms(now.saturating_sub(self.posted)),
             tokens_per_s: if decode_ms > 0.0 { after_first * 1e3 / decode_ms } else { 0.0 },
         }
+    }
+
+    /// Where the time went until now, or until its end.
+    pub fn budget(&self, now: Duration) -> Timings {
+        let facts = self.facts();
+        facts.timings.unwrap_or_else(|| self.timings(&facts, now, None))
     }
 
     /// What is counted of its end.
@@ -146,8 +171,7 @@ impl Job {
         let mut facts = self.facts();
         let generated = self.request.operation() == Operation::Infer;
         if generated {
-            let decode = done.timings.map(|timings| timings.decode_ms);
-            done.timings = Some(self.timings(&facts, now, decode));
+            done.timings = Some(self.timings(&facts, now, done.timings));
         }
         let cancelled = done.cancelled();
         let (usage, timings) = (done.usage, done.timings);
@@ -316,7 +340,7 @@ impl Jobs {
     pub fn create(
         &self,
         request: JobRequest,
-        request_id: RequestId,
+        origin: Origin,
         key: Option<(&str, &[u8])>,
         poster: Option<Arc<Key>>,
     ) -> Result<(Arc<Job>, bool), ErrorBody> {
@@ -357,6 +381,7 @@ impl Jobs {
             model,
             worker: None,
             loading_since: None,
+            load_pace: Pace::default(),
             load: Duration::ZERO,
             dispatched: None,
             first_token: None,
@@ -373,7 +398,8 @@ impl Jobs {
         let job = Arc::new(Job {
             id: id.clone(),
             request,
-            request_id,
+            request_id: origin.request_id,
+            trace: origin.trace,
             log: Arc::default(),
             key: poster,
             posted: now,
@@ -496,7 +522,7 @@ mod tests {
     }
 
     fn post(jobs: &Jobs, key: Option<(&str, &[u8])>) -> Result<(Arc<Job>, bool), ErrorBody> {
-        jobs.create(JobRequest::Status {}, RequestId::new("r").unwrap(), key, None)
+        jobs.create(JobRequest::Status {}, Origin { request_id: RequestId::new("r").unwrap(), trace: None }, key, None)
     }
 
     #[test]

@@ -12,6 +12,7 @@ pub mod args;
 
 mod brain;
 mod channel;
+mod eta;
 mod hives;
 mod http;
 mod jobs;

@@ -224,9 +224,12 @@ impl Metrics {
         let slots = add("rbee_worker_slots", "Requests that a worker generates for at once");
         let used = add("rbee_worker_slots_used", "Requests that a worker generates for now");
         let memory = add("rbee_worker_memory_bytes", "Resident memory of a worker");
+        let preempted = Family::<OfWorker, Counter>::default();
+        registry.register("vllm:num_preemptions", "Sequences that gave their KV up to others", preempted.clone());
         for worker in &seen.workers {
             let label = OfWorker { model_name: worker.model.to_string(), engine: worker.worker_id.to_string() };
             let share = worker.kv_blocks.used as f64 / worker.kv_blocks.total.max(1) as f64;
+            preempted.get_or_create_owned(&label).inc_by(worker.preemptions);
             kv.get_or_create_owned(&label).set(share);
             slots.get_or_create_owned(&label).set(worker.slots.total as f64);
             used.get_or_create_owned(&label).set(worker.slots.used as f64);
@@ -267,6 +270,7 @@ mod tests {
             queue_ms: 20.0,
             load_ms: 0.0,
             prefill_ms: 400.0,
+            network_ms: 1.0,
             decode_ms: 2000.0,
             total_ms: 2420.0,
             tokens_per_s: 5.0,

@@ -4,6 +4,7 @@
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::pin::Pin;
+use std::sync::Arc;
 use std::task::{Context, Poll};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -28,14 +29,19 @@ use rbee_wire::sse::Decoder;
 use rbee_wire::{ErrorBody, ErrorCode, JobRequest, routes};
 
 use crate::http::Api;
+use crate::jobs::Job;
 use crate::submit::{Leaving, listen, submit};
 
 /// Longest time that a stream's headers wait for its first token: as long as an error can have a status of its own.
 const HEADERS: Duration = Duration::from_secs(10);
 
+/// A whole answer that would come later than this is refused with the time to come back: most clients' patience ends before.
+const PATIENCE: Duration = Duration::from_secs(300);
+
 /// Largest event of a job's log; they are the queen's own.
 const MAX_EVENT: usize = 1 << 30;
 
+const SERVER_TIMING: HeaderName = HeaderName::from_static("server-timing");
 const IGNORED: HeaderName = HeaderName::from_static("x-rbee-ignored");
 const STRICT: HeaderName = HeaderName::from_static("x-rbee-strict");
 const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
@@ -84,13 +90,16 @@ async fn embeddings(
     let asked = read(Endpoint::Embeddings, &body, unknown(&headers))?;
     drop(body);
     let model = asked.jobs.first().and_then(|job| job.model.as_ref()).map(ToString::to_string);
-    let mut parts = begin(&api, &caller, asked.jobs).await?.1;
+    let (first, mut parts) = begin(&api, &caller, asked.jobs).await?;
     let mut vectors = Vectors::new(asked.encoding, model);
     loop {
         let (_, event) = poll_fn(|cx| parts.poll(cx)).await;
+        not_too_late(&event)?;
         match vectors.take(&event) {
             Step::Waiting | Step::Moving => {}
-            Step::Over => return Ok(told(Json(vectors.into_json()).into_response(), &asked.ignored)),
+            Step::Over => {
+                return Ok(told(&api, &first, Json(vectors.into_json()).into_response(), &asked.ignored));
+            }
             Step::Failed(error) => return Err((*error).into()),
         }
     }
@@ -136,12 +145,27 @@ async fn answer(
         choices: asked.jobs.iter().map(|job| job.generation.n.unwrap_or(1) as usize).collect(),
     };
     let (first, parts) = begin(&api, &caller, asked.jobs).await?;
-    head.id = format!("{kind}-{first}");
+    head.id = format!("{kind}-{}", first.id);
     let response = match asked.streaming {
         Streaming::Yes { usage } => stream(parts, Chunks::new(head, usage)).await?,
         Streaming::No => whole(parts, Whole::new(head)).await?,
     };
-    Ok(told(response, &asked.ignored))
+    Ok(told(&api, &first, response, &asked.ignored))
+}
+
+/// Refuses to go on where a whole answer is too far away.
+fn not_too_late(event: &Event) -> Result<(), ErrorBody> {
+    let (Event::Queued { eta_ms: Some(eta), .. } | Event::Progress { eta_ms: Some(eta), .. }) = event else {
+        return Ok(());
+    };
+    let eta = Duration::from_millis(*eta);
+    if eta <= PATIENCE {
+        return Ok(());
+    }
+    let message = format!("the model is still being loaded, for about {} s more", eta.as_secs());
+    Err(ErrorBody::new(ErrorCode::ModelLoading, message)
+        .with_retry_after(eta)
+        .with_hint("ask again then, or ask for a stream, which waits"))
 }
 
 /// What the headers ask for where a field changes nothing.
@@ -150,9 +174,9 @@ fn unknown(headers: &HeaderMap) -> Unknown {
     if strict { Unknown::Refused } else { Unknown::Reported }
 }
 
-/// Sets the jobs of a request to work; the first one's id.
-async fn begin(api: &Api, caller: &Caller, jobs: Vec<Infer>) -> Result<(String, Parts), ErrorBody> {
-    let mut first = String::new();
+/// Sets the jobs of a request to work; the first of them, and what all say.
+async fn begin(api: &Api, caller: &Caller, jobs: Vec<Infer>) -> Result<(Arc<Job>, Parts), ErrorBody> {
+    let mut first = None;
     let mut parts = Vec::new();
     for job in jobs {
         let (job, unclaimed) = submit(api, caller, JobRequest::Infer(Box::new(job)), None).await?;
@@ -161,15 +185,17 @@ async fn begin(api: &Api, caller: &Caller, jobs: Vec<Infer>) -> Result<(String, 
         if let Some(unclaimed) = unclaimed {
             unclaimed.claimed();
         }
-        if first.is_empty() {
-            first = job.id.to_string();
-        }
+        first.get_or_insert(job);
     }
+    let first = first.ok_or_else(|| ErrorBody::new(ErrorCode::Internal, "a request became no job"))?;
     Ok((first, Parts(parts)))
 }
 
-/// A response that names the fields which changed nothing.
-fn told(mut response: Response, ignored: &[String]) -> Response {
+/// A response that says where the time went until its headers, and names the fields which changed nothing.
+fn told(api: &Api, job: &Job, mut response: Response, ignored: &[String]) -> Response {
+    if let Ok(timings) = HeaderValue::from_str(&job.budget(api.ops.jobs.now()).server_timing()) {
+        response.headers_mut().insert(SERVER_TIMING, timings);
+    }
     if !ignored.is_empty()
         && let Ok(names) = HeaderValue::from_str(&ignored.join(", "))
     {
@@ -181,6 +207,7 @@ fn told(mut response: Response, ignored: &[String]) -> Response {
 async fn whole(mut parts: Parts, mut answer: Whole) -> Result<Response, ApiError> {
     loop {
         let (part, event) = poll_fn(|cx| parts.poll(cx)).await;
+        not_too_late(&event)?;
         match answer.take(part, &event) {
             Step::Waiting | Step::Moving => {}
             Step::Over => return Ok(Json(answer.into_json()).into_response()),

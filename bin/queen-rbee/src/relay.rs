@@ -124,6 +124,7 @@ async fn run(dispatch: &Dispatch, jobs: &Jobs, brain: &Brain, stop: &Cancellatio
     let request = InferenceRequest {
         job_id: job.id.clone(),
         request_id: job.request_id.clone(),
+        traceparent: job.trace.clone(),
         generation: infer.generation.clone(),
         resume: None,
         tenant: job.key.as_ref().map(|key| key.tenant()),

@@ -5,12 +5,12 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rbee_scheduler::{Event as Heard, Want};
-use rbee_service::{Caller, Listener, current_request_id, random_hex};
+use rbee_service::{Caller, Listener, current_request_id, current_trace, random_hex};
 use rbee_wire::job::Infer;
 use rbee_wire::{ErrorBody, ErrorCode, JobRequest, ModelRef, RequestId};
 
 use crate::http::Api;
-use crate::jobs::Job;
+use crate::jobs::{Job, Origin};
 use crate::keys::{Key, revoked};
 
 /// Why a job is cancelled whose client went away.
@@ -47,9 +47,12 @@ pub async fn submit(
     let request_id =
         current_request_id().unwrap_or_else(|| RequestId::new(random_hex(16)).expect("hexadecimal digits make an id"));
     let owner = api.ops.keys.of(caller)?;
-    let (job, new) = api.ops.jobs.create(request, request_id, key, owner.clone())?;
+    let (job, new) = api.ops.jobs.create(request, Origin { request_id, trace: current_trace() }, key, owner.clone())?;
     if !new {
         return Ok((job, None));
+    }
+    if let Some(trace) = &job.trace {
+        tracing::info!(job = %job.id, request = %job.request_id, trace = trace.trace_id(), "a traced job begins");
     }
     let unclaimed = Unclaimed(Some((api.clone(), Arc::clone(&job))));
     if let Err(error) = begin(api, &job).await {

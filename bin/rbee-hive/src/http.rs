@@ -5,7 +5,8 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use rbee_service::{ApiError, Clock, Guard, JsonBytes, protect, sse};
+use rbee_service::{ApiError, Clock, Exposition, Guard, JsonBytes, protect, sse};
+use rbee_wire::hive::{Process, ProcessState};
 use rbee_wire::job::JobAccepted;
 use rbee_wire::view::{DaemonReady, InfoReply};
 use rbee_wire::{ErrorBody, ErrorCode, JobRequest, WorkerId, routes};
@@ -35,6 +36,7 @@ pub fn router(api: Api, guard: Guard) -> Router {
         .route(routes::READY, get(ready))
         .route(routes::READYZ, get(ready))
         .route(routes::INFO, get(info))
+        .route(routes::METRICS, get(metrics))
         .route(routes::SHUTDOWN, post(shutdown))
         .route(routes::JOBS, post(job))
         .route(routes::JOB, get(one_job))
@@ -63,6 +65,40 @@ async fn info(State(api): State<Api>) -> Json<InfoReply> {
         home_proof: Some(api.home_proof.clone()),
         features: vec!["cpu".into()],
     })
+}
+
+async fn metrics(State(api): State<Api>) -> Exposition {
+    let processes = api.jobs.spawner.supervisor.list();
+    let mut out = Exposition::new(&[]);
+    let states = [
+        ("spawning", ProcessState::Spawning),
+        ("loading", ProcessState::Loading),
+        ("ready", ProcessState::Ready),
+        ("draining", ProcessState::Draining),
+        ("backoff", ProcessState::Backoff),
+        ("exited", ProcessState::Exited),
+    ]
+    .map(|(name, state)| {
+        let count = processes.iter().filter(|process| process.state == state).count();
+        (name.to_owned(), count as f64)
+    });
+    out.gauges("rbee_hive_workers", "Worker processes by state", "state", states);
+    let of = |number: fn(&Process) -> f64| {
+        processes.iter().map(|process| (process.worker_id.to_string(), number(process))).collect::<Vec<_>>()
+    };
+    out.gauges(
+        "rbee_hive_worker_restarts",
+        "Times a worker was started again",
+        "worker",
+        of(|process| f64::from(process.restarts)),
+    );
+    out.gauges(
+        "rbee_hive_reserved_bytes",
+        "Memory reserved for a worker",
+        "worker",
+        of(|process| process.reserved as f64),
+    );
+    out
 }
 
 async fn shutdown(State(api): State<Api>) -> Json<Value> {

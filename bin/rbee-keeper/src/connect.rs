@@ -26,6 +26,9 @@ pub(crate) const WORKER: &str = "llm-worker-rbee";
 /// Most time that another `rbee` may take to replace a queen of another build.
 const REPLACE: Duration = Duration::from_secs(60);
 
+/// Time in which a process that was killed has closed its sockets.
+const DYING: Duration = Duration::from_millis(200);
+
 /// Whether a verb may start what is not running.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Start {
@@ -58,7 +61,13 @@ pub(crate) async fn queen(context: &Context, start: Start) -> Result<QueenClient
 pub(crate) async fn reach(context: &Context, start: Start) -> Result<Reached, Failure> {
     let may_start = start == Start::IfNeeded && context.start == AutoStart::Allowed && context.queen.loopback;
     let client = context.queen_client();
-    let info = match client.info().await {
+    let mut answer = client.info().await;
+    if matches!(answer, Err(ClientError::Broken { .. })) {
+        // A queen that is just dying still takes connections, and resets them.
+        tokio::time::sleep(DYING).await;
+        answer = client.info().await;
+    }
+    let info = match answer {
         Ok(info) => info,
         Err(ClientError::Unreachable { .. }) if may_start => {
             context.home.create()?;

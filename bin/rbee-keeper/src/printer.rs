@@ -7,6 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
+use rbee_wire::event::Token;
 use serde_json::Value;
 
 use crate::cli::{Color, Global};
@@ -145,8 +146,8 @@ impl Printer {
         self.say(Talk::Normal, "1;33", "warning: ", text);
     }
 
-    /// A model's reasoning, as it comes.
-    pub fn thought(&self, text: &str) {
+    /// A piece of a model's reasoning.
+    fn thought(&self, text: &str) {
         if self.talk < Talk::Normal || text.is_empty() {
             return;
         }
@@ -280,6 +281,24 @@ fn columns() -> usize {
     match rustix::termios::tcgetwinsize(io::stderr()) {
         Ok(size) if size.ws_col > 1 => usize::from(size.ws_col) - 1,
         _ => 79,
+    }
+}
+
+/// A model's reasoning on its way to stderr: the answer is data, and this is not.
+#[derive(Debug, Default)]
+pub struct Thoughts {
+    open: bool,
+}
+
+impl Thoughts {
+    /// Shows what a token brought, before its text is shown: the answer begins on a line of its own.
+    pub fn take(&mut self, printer: &Printer, token: &Token) {
+        printer.thought(&token.reasoning);
+        self.open |= !token.reasoning.is_empty();
+        if self.open && !token.t.is_empty() {
+            printer.thought("\n\n");
+            self.open = false;
+        }
     }
 }
 

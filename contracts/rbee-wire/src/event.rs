@@ -240,12 +240,30 @@ pub struct Timings {
     pub load_ms: f64,
     /// From the dispatch to the first token.
     pub prefill_ms: f64,
+    /// The part of that which was spent on the way between the queen and the worker; 0 where the worker does not say.
+    #[serde(default)]
+    pub network_ms: f64,
     /// From the first token to the last.
     pub decode_ms: f64,
     /// From the post to the end.
     pub total_ms: f64,
     /// Tokens a second after the first one.
     pub tokens_per_s: f64,
+}
+
+impl Timings {
+    /// As the HTTP header `Server-Timing` has it: milliseconds, each part under its name.
+    pub fn server_timing(&self) -> String {
+        let parts = [
+            ("queue", self.queue_ms),
+            ("load", self.load_ms),
+            ("prefill", self.prefill_ms),
+            ("network", self.network_ms),
+            ("decode", self.decode_ms),
+            ("total", self.total_ms),
+        ];
+        parts.map(|(name, ms)| format!("{name};dur={ms:.3}")).join(", ")
+    }
 }
 
 impl Event {

@@ -19,6 +19,9 @@ pub enum IdError {
     /// A control character.
     #[error("must not have control characters")]
     Control,
+    /// No place in a trace.
+    #[error("must be 00-TRACE-PARENT-FLAGS in lower-case hexadecimal digits")]
+    Trace,
 }
 
 /// Checks what every identifier must be.
@@ -102,6 +105,56 @@ string_ids! {
     RequestId,
 }
 
+/// Where a request belongs in a trace that its caller began, as W3C's Trace Context has it: `00-TRACE-PARENT-FLAGS`.
+#[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
+#[serde(try_from = "String", into = "String")]
+#[schemars(with = "String")]
+pub struct TraceParent(std::sync::Arc<str>);
+
+impl TraceParent {
+    /// Checks the header's value: version 00, no id of zeros.
+    ///
+    /// # Errors
+    /// For anything else. Such a header is to be ignored, the recommendation says.
+    pub fn new(text: impl AsRef<str>) -> Result<Self, IdError> {
+        let text = text.as_ref();
+        let hex =
+            |part: &str, length| part.len() == length && part.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f'));
+        let some = |part: &str| part.bytes().any(|b| b != b'0');
+        match text.split('-').collect::<Vec<_>>()[..] {
+            ["00", trace, parent, flags]
+                if hex(trace, 32) && hex(parent, 16) && hex(flags, 2) && some(trace) && some(parent) =>
+            {
+                Ok(Self(text.into()))
+            }
+            _ => Err(IdError::Trace),
+        }
+    }
+
+    /// The header's value.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The trace's own id, which all that belongs to it shares.
+    pub fn trace_id(&self) -> &str {
+        &self.0[3..35]
+    }
+}
+
+impl TryFrom<String> for TraceParent {
+    type Error = IdError;
+    fn try_from(text: String) -> Result<Self, IdError> {
+        Self::new(text)
+    }
+}
+
+impl From<TraceParent> for String {
+    fn from(trace: TraceParent) -> Self {
+        trace.0.to_string()
+    }
+}
+
 impl HiveId {
     /// The hive on the queen's own machine.
     pub fn localhost() -> Self {
@@ -144,6 +197,25 @@ impl JobId {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_place_in_a_trace_is_what_the_recommendation_says() {
+        let good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01";
+        assert_eq!(TraceParent::new(good).unwrap().trace_id(), "4bf92f3577b34da6a3ce929d0e0e4736");
+        for wrong in [
+            "",
+            "00",
+            &good[1..],
+            &good.to_uppercase(),
+            &good.replacen("00-", "ff-", 1),
+            &good.replace("4bf92f3577b34da6a3ce929d0e0e4736", "00000000000000000000000000000000"),
+            &good.replace("00f067aa0ba902b7", "0000000000000000"),
+            &format!("{good}-x"),
+            &good.replace("4bf9", "4b\u{e9}"),
+        ] {
+            assert_eq!(TraceParent::new(wrong), Err(IdError::Trace), "{wrong}");
+        }
+    }
 
     #[test]
     fn an_identifier_is_checked_where_it_enters() {

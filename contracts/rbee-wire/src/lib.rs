@@ -25,7 +25,7 @@ pub const PROTOCOL: u32 = 1;
 
 pub use error::{ErrorBody, ErrorCode};
 pub use event::Event;
-pub use ids::{DeviceId, HiveId, Incarnation, JobId, KeyId, RequestId, WorkerId};
+pub use ids::{DeviceId, HiveId, Incarnation, JobId, KeyId, RequestId, TraceParent, WorkerId};
 pub use job::JobRequest;
 pub use key::{Access, Scope};
 pub use model::{DeviceSpec, ModelRef};

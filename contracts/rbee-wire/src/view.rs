@@ -35,6 +35,9 @@ pub struct WorkerView {
     pub queue: u64,
     /// KV blocks.
     pub kv_blocks: UsedOf,
+    /// Sequences that had to give their KV up to others, since its start.
+    #[serde(default)]
+    pub preemptions: u64,
     /// Bytes on the device.
     pub memory: WorkerMemory,
     /// Most tokens of one sequence.

@@ -4,7 +4,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::error::ErrorBody;
-use crate::ids::{DeviceId, HiveId, Incarnation, JobId, RequestId, WorkerId};
+use crate::ids::{DeviceId, HiveId, Incarnation, JobId, RequestId, TraceParent, WorkerId};
 use crate::job::Generation;
 use crate::key::Tenant;
 use crate::model::ModelRef;
@@ -99,6 +99,9 @@ pub struct WorkerHeartbeat {
     /// KV blocks.
     #[serde(default)]
     pub kv_blocks: UsedOf,
+    /// Sequences that had to give their KV up to others, since the start.
+    #[serde(default)]
+    pub preemptions: u64,
     /// Units of compute finished; advances per layer.
     #[serde(default)]
     pub steps: u64,
@@ -144,6 +147,9 @@ pub struct InferenceRequest {
     pub job_id: JobId,
     /// The request's label in logs.
     pub request_id: RequestId,
+    /// The trace it belongs to, if its caller has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub traceparent: Option<TraceParent>,
     /// What to generate. `seed` is set.
     pub generation: Generation,
     /// Go on exactly there.

@@ -171,6 +171,11 @@ impl TokenStream {
         self.computed.map_or(Duration::ZERO, |(first, last)| last - first)
     }
 
+    /// When the first of the tokens that were read was computed.
+    pub fn first_computed(&self) -> Option<Instant> {
+        self.computed.map(|(first, _)| first)
+    }
+
     /// A way to cancel while somebody else reads.
     pub fn canceller(&self) -> Canceller {
         self.canceller.clone()

@@ -318,6 +318,7 @@ fn view(worker: &Worker, now: Duration) -> WorkerView {
         slots,
         queue: beat.queue,
         kv_blocks: beat.kv_blocks,
+        preemptions: beat.preemptions,
         memory: beat.memory,
         context: beat.context,
         url: beat.url.clone(),

@@ -10,7 +10,7 @@ use axum::response::{IntoResponse, Response};
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
 use rbee_wire::error::ErrorReply;
-use rbee_wire::{ErrorBody, ErrorCode, RequestId};
+use rbee_wire::{ErrorBody, ErrorCode, RequestId, TraceParent};
 
 /// Largest body that is read, in bytes: the largest text a job may carry, escaped, and its fields.
 pub const MAX_BODY: usize = 24 << 20;
@@ -20,11 +20,17 @@ const BODY_IDLE: Duration = Duration::from_secs(30);
 
 tokio::task_local! {
     pub(crate) static REQUEST_ID: RequestId;
+    pub(crate) static TRACE: Option<TraceParent>;
 }
 
 /// The id of the request that this task answers.
 pub fn current_request_id() -> Option<RequestId> {
     REQUEST_ID.try_with(RequestId::clone).ok()
+}
+
+/// The trace that the request of this task belongs to.
+pub fn current_trace() -> Option<TraceParent> {
+    TRACE.try_with(Clone::clone).ok().flatten()
 }
 
 /// A refusal: the error's own status, its JSON body, `Retry-After` where it has one.

@@ -16,14 +16,15 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, header}
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use rbee_wire::routes::{self, Route};
-use rbee_wire::{Access, ErrorBody, ErrorCode, KeyId, PROTOCOL, RequestId, Scope};
+use rbee_wire::{Access, ErrorBody, ErrorCode, KeyId, PROTOCOL, RequestId, Scope, TraceParent};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
 use crate::clock::random_hex;
-use crate::error::{ApiError, REQUEST_ID};
+use crate::error::{ApiError, REQUEST_ID, TRACE};
 
 const REQUEST_ID_HEADER: HeaderName = HeaderName::from_static("x-request-id");
+const TRACE_HEADER: HeaderName = HeaderName::from_static("traceparent");
 const PROTOCOL_HEADER: HeaderName = HeaderName::from_static("x-rbee-protocol");
 
 /// Headers that a proxy adds. Behind one, everybody looks like this machine.
@@ -190,19 +191,23 @@ async fn check(State(guard): State<Arc<Guard>>, mut request: Request, next: Next
     let id = given
         .and_then(|text| RequestId::new(text).ok())
         .unwrap_or_else(|| RequestId::new(format!("req-{}", random_hex(16))).expect("hexadecimal digits make an id"));
+    let trace = request.headers().get(&TRACE_HEADER).and_then(|value| TraceParent::new(value.to_str().ok()?).ok());
     let mut response = REQUEST_ID
-        .scope(id.clone(), async move {
-            let path = request.extensions().get::<MatchedPath>().cloned();
-            match guard.check(path.as_ref().map(MatchedPath::as_str), &request) {
-                Ok(caller) => {
-                    if let Some(caller) = caller {
-                        request.extensions_mut().insert(caller);
+        .scope(
+            id.clone(),
+            TRACE.scope(trace, async move {
+                let path = request.extensions().get::<MatchedPath>().cloned();
+                match guard.check(path.as_ref().map(MatchedPath::as_str), &request) {
+                    Ok(caller) => {
+                        if let Some(caller) = caller {
+                            request.extensions_mut().insert(caller);
+                        }
+                        next.run(request).await
                     }
-                    next.run(request).await
+                    Err(error) => ApiError(error).into_response(),
                 }
-                Err(error) => ApiError(error).into_response(),
-            }
-        })
+            }),
+        )
         .await;
     let headers = response.headers_mut();
     if let Ok(value) = HeaderValue::from_str(id.as_str()) {

@@ -9,13 +9,15 @@ pub mod sse;
 
 mod clock;
 mod error;
+mod exposition;
 mod joblog;
 mod serve;
 mod shutdown;
 mod stall;
 
 pub use clock::{Clock, random_hex};
-pub use error::{ApiError, JsonBytes, MAX_BODY, current_request_id};
+pub use error::{ApiError, JsonBytes, MAX_BODY, current_request_id, current_trace};
+pub use exposition::Exposition;
 pub use guard::{Caller, Guard, Keyring, protect};
 pub use joblog::{BrokeOff, JobLog, Listener};
 pub use serve::{ServeLimits, bind, port_holder, serve};

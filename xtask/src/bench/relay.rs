@@ -254,6 +254,7 @@ fn straight_talks(workers: &[HandWorker], enough: &Arc<AtomicBool>) -> Vec<Talk>
         for i in 0..STRAIGHT {
             let (prompt, tokens) = (format!("stream {i} straight to worker {number}"), 900);
             let body = InferenceRequest {
+                traceparent: None,
                 job_id: JobId::of(&life, &format!("{:032x}", number * STRAIGHT + i)),
                 request_id: RequestId::new(format!("bench-{number}-{i}")).expect("short words make an id"),
                 generation: Generation {

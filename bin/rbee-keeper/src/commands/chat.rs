@@ -28,7 +28,7 @@ use crate::cli::ChatArgs;
 use crate::connect::{self, Start};
 use crate::exit::Failure;
 use crate::follow::{self, Follower, cancelled};
-use crate::printer::{Data, Outcome, Printer, Title};
+use crate::printer::{Data, Outcome, Printer, Thoughts, Title};
 use crate::render;
 use crate::settings::{Context, CtrlC};
 
@@ -181,7 +181,10 @@ impl Chat<'_> {
             match event.event {
                 // Who answered first goes on answering.
                 Event::Started(started) => self.settings.model = Some(started.model),
-                Event::Token(token) => answer.token(&token.t).await?,
+                Event::Token(token) => {
+                    answer.thoughts.take(&context.printer, &token);
+                    answer.token(&token.t).await?;
+                }
                 Event::Done(done) if done.cancelled() => return Err(cancelled()),
                 Event::Done(done) => return Ok(done),
                 Event::Error(body) => return Err(Failure::refused(body)),
@@ -283,6 +286,7 @@ fn ended(done: &Done, pace: &Pace) -> (End, String) {
 
 /// An answer as it comes.
 struct Answer {
+    thoughts: Thoughts,
     out: Text,
     text: String,
     pace: Pace,
@@ -297,7 +301,14 @@ impl Answer {
     fn new(printer: &Printer) -> Self {
         let now = Instant::now();
         let pace = Pace { asked: now, first: None, last: now, tokens: 0 };
-        Self { out: Text::new(printer.stdout_terminal), text: String::new(), pace, title: printer.title(), titled: now }
+        Self {
+            thoughts: Thoughts::default(),
+            out: Text::new(printer.stdout_terminal),
+            text: String::new(),
+            pace,
+            title: printer.title(),
+            titled: now,
+        }
     }
 
     async fn token(&mut self, text: &str) -> Result<(), Failure> {

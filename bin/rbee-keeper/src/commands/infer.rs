@@ -15,7 +15,7 @@ use crate::cli::{AnswerArgs, ChatArgs, GenerateArgs, InferArgs, RunArgs};
 use crate::connect::{self, Start};
 use crate::exit::{Exit, Failure, stdout_failure};
 use crate::follow::{Follower, cancelled};
-use crate::printer::{Data, Outcome, Shown};
+use crate::printer::{Data, Outcome, Shown, Thoughts};
 use crate::render;
 use crate::settings::Context;
 
@@ -198,7 +198,7 @@ pub(crate) async fn follow(context: &Context, mut job: Follower<'_>, print: Prin
     let printer = &context.printer;
     let mut out = Text::new(printer.stdout_terminal);
     let mut texts: Vec<String> = Vec::new();
-    let mut thinks = false;
+    let mut thoughts = Thoughts::default();
     while let Some(event) = job.next().await? {
         if printer.data == Data::Json {
             let mut line = event.json.to_vec();
@@ -208,13 +208,7 @@ pub(crate) async fn follow(context: &Context, mut job: Follower<'_>, print: Prin
         match event.event {
             Event::Token(token) if printer.data == Data::Text => {
                 if token.choice == 0 {
-                    printer.thought(&token.reasoning);
-                    thinks |= !token.reasoning.is_empty();
-                    if thinks && !token.t.is_empty() {
-                        // The answer begins on a line of its own.
-                        printer.thought("\n\n");
-                        thinks = false;
-                    }
+                    thoughts.take(printer, &token);
                 }
                 // Several answers would be mixed up: the first is shown as it comes, the others after it.
                 if print.stream == Stream::AsItComes && token.choice == 0 {

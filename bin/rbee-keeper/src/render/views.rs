@@ -370,6 +370,9 @@ pub fn timings(usage: Option<&Usage>, timings: Option<&Timings>) -> String {
         rows.push(("queue", milliseconds(timings.queue_ms)));
         rows.push(("load", milliseconds(timings.load_ms)));
         rows.push(("prefill", milliseconds(timings.prefill_ms)));
+        if timings.network_ms > 0.0 {
+            rows.push(("of it network", milliseconds(timings.network_ms)));
+        }
         rows.push(("decode", milliseconds(timings.decode_ms)));
         rows.push(("total", milliseconds(timings.total_ms)));
         rows.push(("speed", format!("{:.1} tokens/s", timings.tokens_per_s)));
