@@ -195,7 +195,7 @@ fn an_idempotency_key_gives_one_job() {
     let send = |body: &Value| cluster.queen().send(post("/v1/jobs", body).header("Idempotency-Key", "the key"));
     let ids: Vec<String> = thread::scope(|scope| {
         let threads: Vec<_> =
-            (0..20).map(|_| scope.spawn(|| send(&job).json::<Value>()["job_id"].to_string())).collect();
+            (0..50).map(|_| scope.spawn(|| send(&job).json::<Value>()["job_id"].to_string())).collect();
         threads.into_iter().map(|thread| thread.join().unwrap()).collect()
     });
     assert!(ids.iter().all(|id| id == &ids[0]), "{ids:?}");

@@ -27,6 +27,7 @@ mod start;
 mod tinybee;
 mod tools;
 mod verbs;
+mod wire;
 
 use rbee_testkit::CANARY;
 use serde_json::{Value, json};

@@ -12,6 +12,7 @@ use futures::{Stream, StreamExt};
 use prometheus_client::encoding::prometheus_text::CONTENT_TYPE;
 use rbee_scheduler::Event as Heard;
 use rbee_service::{ApiError, BrokeOff, Caller, Guard, JsonBytes, Shutdown, protect, sse};
+use rbee_wire::body::parse_object;
 use rbee_wire::hive::HiveHeartbeat;
 use rbee_wire::job::JobAccepted;
 use rbee_wire::view::{DaemonReady, InfoReply, JobList, JobState, JobView, StatusView};
@@ -102,9 +103,11 @@ async fn shutdown(State(api): State<Api>, JsonBytes(body): JsonBytes) -> Result<
     }
     let wanted: Wanted = match &body[..] {
         [] => Wanted::default(),
-        bytes => serde_json::from_slice(bytes).map_err(|error| {
-            ErrorBody::new(ErrorCode::InvalidRequest, format!("the body is not {{\"hives\"}}: {error}"))
-        })?,
+        bytes => parse_object(bytes)
+            .and_then(|map| serde_json::from_value(Value::Object(map)).map_err(|error| error.to_string()))
+            .map_err(|problem| {
+                ErrorBody::new(ErrorCode::InvalidRequest, format!("the body is not {{\"hives\"}}: {problem}"))
+            })?,
     };
     if wanted.hives {
         api.stop.take_hives();

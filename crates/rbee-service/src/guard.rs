@@ -122,7 +122,9 @@ impl Guard {
                 return Err(ErrorBody::new(ErrorCode::ForbiddenOrigin, message)
                     .with_hint("set a token to serve through a proxy"));
             }
-            if !host_is_loopback(headers) {
+            // A host in the first line is the one that is asked for.
+            let named = request.uri().authority().is_none_or(is_loopback);
+            if !named || !host_is_loopback(headers) {
                 return Err(ErrorBody::new(
                     ErrorCode::ForbiddenOrigin,
                     "the Host header does not name this machine's loopback",
@@ -164,9 +166,10 @@ fn host_is_loopback(headers: &HeaderMap) -> bool {
     let (Some(host), None) = (hosts.next(), hosts.next()) else {
         return false;
     };
-    let Some(host) = host.to_str().ok().and_then(|text| text.parse::<Authority>().ok()) else {
-        return false;
-    };
+    host.to_str().ok().and_then(|text| text.parse::<Authority>().ok()).is_some_and(|host| is_loopback(&host))
+}
+
+fn is_loopback(host: &Authority) -> bool {
     if host.as_str().contains('@') {
         return false;
     }

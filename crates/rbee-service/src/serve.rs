@@ -17,6 +17,10 @@ use tokio_util::task::TaskTracker;
 
 use crate::stall::Unstalled;
 
+/// Bytes that a connection may have in its buffers, one way and the other: headers are no larger, and a listener that does not
+/// read costs no more.
+const BUFFER: usize = 64 << 10;
+
 /// Bounds of a server.
 #[derive(Clone, Copy, Debug)]
 pub struct ServeLimits {
@@ -110,7 +114,7 @@ pub async fn serve(listener: TcpListener, router: Router, limits: ServeLimits, s
             let _place = place;
             let _ = socket.set_nodelay(true);
             let mut builder = http1::Builder::new();
-            builder.timer(TokioTimer::new()).header_read_timeout(limits.header).writev(false);
+            builder.timer(TokioTimer::new()).header_read_timeout(limits.header).writev(false).max_buf_size(BUFFER);
             let connection = builder.serve_connection(TokioIo::new(Unstalled::new(socket, limits.stalled)), service);
             let mut connection = std::pin::pin!(connection);
             // Ends of clients are not faults; what matters of them is in the handlers' own logs.

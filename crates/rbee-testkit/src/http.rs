@@ -366,6 +366,21 @@ impl Http {
     }
 }
 
+/// A connection whose own end takes as little as the system lets it, until somebody reads.
+///
+/// # Panics
+/// When there is none.
+#[track_caller]
+pub fn small_window(address: SocketAddr) -> TcpStream {
+    use rustix::net::{AddressFamily, SocketType, connect, socket, sockopt};
+    let family = if address.is_ipv4() { AddressFamily::INET } else { AddressFamily::INET6 };
+    let made = socket(family, SocketType::STREAM, None).expect("a socket");
+    // Before it is connected: then the other end never hears of more.
+    sockopt::set_socket_recv_buffer_size(&made, 1).expect("a small buffer");
+    connect(&made, &address).unwrap_or_else(|error| panic!("cannot connect to {address}: {error}"));
+    made.into()
+}
+
 /// A post with a JSON body, to be sent as it is or with more headers.
 pub fn post(path: &str, body: &Value) -> Request {
     Request::new("POST", path).header("Content-Type", "application/json").body(body.to_string())
