@@ -433,7 +433,8 @@ impl AnswerReader {
                         return false;
                     }
                     _ => {
-                        self.held = rest.into();
+                        // With the white space between.
+                        self.held = std::mem::take(&mut item.raw) + rest;
                         self.state = State::Text;
                         return true;
                     }

@@ -243,7 +243,7 @@ impl ModelText {
             Some(tools) if generation.may_call() => tools.as_slice().into(),
             _ => Arc::new([]),
         };
-        if !tools.is_empty() && !(template.takes_tools() && form.has_calls()) {
+        if !tools.is_empty() && (!template.takes_tools() || !form.has_calls()) {
             return Err(super::no_tools());
         }
         let chat = Chat {

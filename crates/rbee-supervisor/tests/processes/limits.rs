@@ -62,7 +62,8 @@ pub fn hive_without_descriptors() {
             refused += 1;
             assert!(there_is_room(&rig, &mut held).await, "room again, and still refused");
             drop(rig);
-            until("all closed again", || open() == before).await;
+            // The first may still have been closing when it was counted.
+            until("all closed again", || open() <= before).await;
         }
         // The control pipe alone has two ends, and the output four.
         assert!(refused >= 5, "only {refused} steps could fail");
