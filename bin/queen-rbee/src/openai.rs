@@ -49,8 +49,14 @@ const SHOULD_RETRY: HeaderName = HeaderName::from_static("x-should-retry");
 /// The dialect's routes.
 pub fn mount(router: Router<Api>) -> Router<Api> {
     router
-        .route(routes::CHAT_COMPLETIONS, post(chat))
-        .route(routes::COMPLETIONS, post(completions))
+        .route(
+            routes::CHAT_COMPLETIONS,
+            post(|api, caller, headers, body| answer(Endpoint::Chat, api, caller, headers, body)),
+        )
+        .route(
+            routes::COMPLETIONS,
+            post(|api, caller, headers, body| answer(Endpoint::Completions, api, caller, headers, body)),
+        )
         .route(routes::EMBEDDINGS, post(embeddings))
         .route(routes::MODELS, get(models))
         .route(routes::MODEL, get(model))
@@ -103,24 +109,6 @@ async fn embeddings(
             Step::Failed(error) => return Err((*error).into()),
         }
     }
-}
-
-async fn chat(
-    state: State<Api>,
-    caller: Extension<Caller>,
-    headers: HeaderMap,
-    body: JsonBytes,
-) -> Result<Response, ApiError> {
-    answer(Endpoint::Chat, state, caller, headers, body).await
-}
-
-async fn completions(
-    state: State<Api>,
-    caller: Extension<Caller>,
-    headers: HeaderMap,
-    body: JsonBytes,
-) -> Result<Response, ApiError> {
-    answer(Endpoint::Completions, state, caller, headers, body).await
 }
 
 async fn answer(
