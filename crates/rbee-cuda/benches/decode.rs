@@ -7,7 +7,10 @@
 #![expect(clippy::unwrap_used, reason = "a bench that cannot measure ends")]
 
 use half::bf16;
-use rbee_cuda::{BLOCK, Buffer, Gate, Gpu, Graph, Heads, Kv, Linear, Partials, RopeTable, Rows, Scores};
+use rbee_cuda::{
+    BLOCK, Buffer, Gate, Gpu, Graph, Heads, Kv, Linear, Norm, Onto, Partials, Picked, RopeTable, Rows, Scores, Stretch,
+    Which,
+};
 
 /// Sizes of a model: hidden, layers, MLP, vocabulary, and its heads.
 struct Shape(&'static str, [usize; 4], Heads);
@@ -65,7 +68,7 @@ fn median(mut values: Vec<f32>) -> f64 {
 struct Model {
     layers: Vec<Layer>,
     head: Linear,
-    norm: Buffer<f32>,
+    norm: Norm,
     mlp: usize,
 }
 
@@ -75,18 +78,18 @@ impl Model {
         let (norm, mlp) = (&self.norm, self.mlp);
         let step = || {
             for layer in &mut self.layers {
-                gpu.rms_norm(&s.x, norm, 1e-5, &mut s.normed, rows)?;
-                layer.qkv.apply(gpu, &s.normed, &mut s.qkv, rows, false)?;
+                norm.apply(gpu, &s.x, &mut s.normed, rows)?;
+                layer.qkv.apply(gpu, &s.normed, &mut s.qkv, rows, Onto::Over)?;
                 layer.kv.write(gpu, places, &s.rope, &s.qkv, &mut s.q)?;
                 layer.kv.attend(gpu, places, scores, &s.q, &mut s.partials, &mut s.attended)?;
-                layer.output.apply(gpu, &s.attended, &mut s.x, rows, true)?;
-                gpu.rms_norm(&s.x, norm, 1e-5, &mut s.normed, rows)?;
-                layer.gate_up.apply(gpu, &s.normed, &mut s.gates, rows, false)?;
+                layer.output.apply(gpu, &s.attended, &mut s.x, rows, Onto::Added(1.0))?;
+                norm.apply(gpu, &s.x, &mut s.normed, rows)?;
+                layer.gate_up.apply(gpu, &s.normed, &mut s.gates, rows, Onto::Over)?;
                 gpu.gate_mul(Gate::Silu, &s.gates, &mut s.gated, rows, mlp)?;
-                layer.down.apply(gpu, &s.gated, &mut s.x, rows, true)?;
+                layer.down.apply(gpu, &s.gated, &mut s.x, rows, Onto::Added(1.0))?;
             }
-            gpu.rms_norm(&s.x, norm, 1e-5, &mut s.normed, rows)?;
-            self.head.apply(gpu, &s.normed, &mut s.logits, rows, false)
+            norm.apply(gpu, &s.x, &mut s.normed, rows)?;
+            self.head.apply(gpu, &s.normed, &mut s.logits, rows, Onto::Over)
         };
         gpu.record(step).unwrap()
     }
@@ -99,7 +102,7 @@ fn launch(graph: &Graph) -> Result<(), rbee_cuda::Error> {
 }
 
 fn main() {
-    let gpu = match Gpu::open(0) {
+    let gpu = match Gpu::open(&Which::Number(0)) {
         Ok(gpu) => gpu,
         Err(error) => {
             println!("nothing is measured: {error}");
@@ -130,7 +133,7 @@ fn main() {
             })
             .collect();
         let head = matrix(vocab, hidden);
-        let norm = gpu.upload(&vec![1.0; hidden]).unwrap();
+        let norm = Norm::new(gpu.upload(&vec![1.0; hidden]).unwrap(), hidden, 1e-5).unwrap();
         let angles = vec![0.6; CONTEXT * heads.dim / 2];
         let mut model = Model { layers, head, norm, mlp };
         let mut scratch = Scratch {
@@ -147,8 +150,11 @@ fn main() {
         };
         let blocks: Vec<u32> = (0..(most * CONTEXT / BLOCK) as u32).collect();
         let places = BATCHES.map(|rows| {
-            let all = blocks.chunks(CONTEXT / BLOCK).take(rows).map(|blocks| (CONTEXT - 1, blocks));
-            Rows::new(&gpu, &all.collect::<Vec<_>>()).unwrap()
+            let stretch = |blocks| Stretch { tokens: &[0], start: CONTEXT - 1, blocks, shift: 0, picked: Picked::Last };
+            let all: Vec<Stretch> = blocks.chunks(CONTEXT / BLOCK).take(rows).map(stretch).collect();
+            let mut places = Rows::new(&gpu, rows, rows, CONTEXT / BLOCK).unwrap();
+            places.set(&gpu, heads, &all, None).unwrap();
+            places
         });
         let graphs: Vec<Graph> =
             BATCHES.iter().zip(&places).map(|(rows, places)| model.record(&gpu, places, &mut scratch, *rows)).collect();

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_void};
 use std::marker::PhantomData;
-use std::rc::Rc;
+use std::sync::Arc;
 
 use cudarc::driver::result::{self, DriverError};
 use cudarc::driver::sys;
@@ -14,7 +14,25 @@ use cudarc::driver::sys;
 static KERNELS: [(&[u8], &[&str]); 2] = [
     (
         include_bytes!(concat!(env!("OUT_DIR"), "/kernels")),
-        &["linear_8", "linear_16", "linear_32", "linear_64", "rms_norm", "gate_mul"],
+        &[
+            "linear_8",
+            "linear_16",
+            "linear_32",
+            "linear_64",
+            "linear_128",
+            "linear_experts",
+            "rms_norm",
+            "rms_norm_f32",
+            "rms_norm_add",
+            "qk_norm",
+            "embed",
+            "round_bf16",
+            "bend",
+            "find_not_finite",
+            "pick_experts",
+            "sum_experts",
+            "gate_mul",
+        ],
     ),
     (
         include_bytes!(concat!(env!("OUT_DIR"), "/attention")),
@@ -46,7 +64,7 @@ pub enum Error {
     #[error("there is no GPU {wanted}: the driver has {count}")]
     NoDevice {
         /// The one asked for.
-        wanted: usize,
+        wanted: String,
         /// How many there are.
         count: usize,
     },
@@ -88,19 +106,56 @@ fn text(error: DriverError) -> String {
     format!("{} ({})", part(error.error_name()), part(error.error_string()))
 }
 
+/// A GPU's UUID as NVML writes it.
+fn uuid(device: sys::CUdevice) -> Option<String> {
+    let bytes = result::device::get_uuid(device).ok()?.bytes;
+    let mut text = String::from("GPU");
+    for (i, byte) in bytes.iter().enumerate() {
+        if matches!(i, 0 | 4 | 6 | 8 | 10) {
+            text.push('-');
+        }
+        text.push_str(&format!("{:02x}", byte.cast_unsigned()));
+    }
+    Some(text)
+}
+
 fn driver<T>(what: &'static str, answer: Result<T, DriverError>) -> Result<T, Error> {
     answer.map_err(|source| Error::Driver { what, source })
 }
 
+/// Which GPU.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// By its number among those that the driver shows.
+    Number(usize),
+    /// By its UUID as NVML and `nvidia-smi -L` write it: `GPU-` and hexadecimal digits.
+    Uuid(String),
+}
+
 /// What a GPU's buffers and graphs need to live.
 struct Context {
+    primary: sys::CUcontext,
     device: sys::CUdevice,
     stream: sys::CUstream,
     modules: Vec<sys::CUmodule>,
 }
 
+// SAFETY: the driver takes calls from any thread, as long as the context is current there; `bind` sees to that.
+unsafe impl Send for Context {}
+// SAFETY: as above, and nothing in it changes.
+unsafe impl Sync for Context {}
+
+impl Context {
+    /// Makes this the context of the calling thread.
+    fn bind(&self) -> Result<(), Error> {
+        // SAFETY: the context is held until this value ends.
+        driver("use the GPU", unsafe { result::ctx::set_current(self.primary) })
+    }
+}
+
 impl Drop for Context {
     fn drop(&mut self) {
+        let _ = self.bind();
         // SAFETY: all of them are this value's own, and nothing that used them is left. A driver that fails here is past help.
         unsafe {
             let _ = result::stream::destroy(self.stream);
@@ -112,31 +167,45 @@ impl Drop for Context {
     }
 }
 
-/// One GPU, used from the thread that opened it.
+/// One GPU, used from the thread that opened it, or from one that has bound it since.
 pub struct Gpu {
-    context: Rc<Context>,
+    context: Arc<Context>,
     kernels: HashMap<&'static str, sys::CUfunction>,
     name: String,
+    /// Compute capability.
+    capability: (i32, i32),
     /// Whether a kernel may be launched before the work before it is done.
     early: bool,
 }
 
+// SAFETY: kernels are called from any thread that the context is current on, as `Context`.
+unsafe impl Send for Gpu {}
+
 impl Gpu {
-    /// Opens the GPU of this number.
+    /// Opens a GPU.
     ///
     /// # Errors
     /// When there is no driver, no such GPU, or it is too old.
-    pub fn open(ordinal: usize) -> Result<Self, Error> {
+    pub fn open(which: &Which) -> Result<Self, Error> {
         // SAFETY: it looks for the library and does nothing else.
         if !unsafe { sys::is_culib_present() } {
             return Err(Error::NoDriver);
         }
         driver("start the driver", result::init())?;
         let count = driver("count GPUs", result::device::get_count())?;
-        let count = usize::try_from(count).unwrap_or(0);
-        let number = i32::try_from(ordinal).ok().filter(|_| ordinal < count);
-        let Some(number) = number else { return Err(Error::NoDevice { wanted: ordinal, count }) };
-        let device = driver("find the GPU", result::device::get(number))?;
+        let devices = (0..count).map(|number| driver("find the GPU", result::device::get(number)));
+        let devices = devices.collect::<Result<Vec<_>, _>>()?;
+        let found = match which {
+            Which::Number(number) => devices.get(*number).copied(),
+            Which::Uuid(wanted) => devices.iter().copied().find(|device| uuid(*device).as_ref() == Some(wanted)),
+        };
+        let Some(device) = found else {
+            let wanted = match which {
+                Which::Number(number) => number.to_string(),
+                Which::Uuid(uuid) => uuid.clone(),
+            };
+            return Err(Error::NoDevice { wanted, count: devices.len() });
+        };
         let name = driver("name the GPU", result::device::get_name(device))?;
         let fact = |fact| {
             // SAFETY: the device is one of the driver's.
@@ -162,13 +231,27 @@ impl Gpu {
                 modules.push(module);
             }
             let stream = driver("make a stream", result::stream::create(result::stream::StreamKind::NonBlocking))?;
-            Ok(Self { context: Rc::new(Context { device, stream, modules }), kernels, name, early: major >= EARLY })
+            let context = Arc::new(Context { primary, device, stream, modules });
+            Ok(Self { context, kernels, name, capability: (major, minor), early: major >= EARLY })
         }
+    }
+
+    /// Makes the calling thread one that may use this GPU.
+    ///
+    /// # Errors
+    /// When the driver refuses.
+    pub fn bind(&self) -> Result<(), Error> {
+        self.context.bind()
     }
 
     /// The GPU's name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// Its compute capability.
+    pub fn capability(&self) -> (i32, i32) {
+        self.capability
     }
 
     /// Bytes of memory that are free, and in all.
@@ -197,7 +280,7 @@ impl Gpu {
                 }
                 answer => driver("reserve GPU memory", answer)?,
             };
-            let buffer = Buffer { at, len, context: Rc::clone(&self.context), values: PhantomData };
+            let buffer = Buffer { at, len, context: Arc::clone(&self.context), values: PhantomData };
             driver("clear GPU memory", result::memset_d8_async(at, 0, bytes, self.context.stream))?;
             Ok(buffer)
         }
@@ -208,13 +291,87 @@ impl Gpu {
     /// # Errors
     /// When there is no memory for it.
     pub fn upload<T: Copy>(&self, values: &[T]) -> Result<Buffer<T>, Error> {
-        let buffer = self.zeroed(values.len())?;
+        let mut buffer = self.zeroed(values.len())?;
+        self.write(&mut buffer, 0, values)?;
+        Ok(buffer)
+    }
+
+    /// Writes values to a place of a buffer, and waits until they are there.
+    ///
+    /// # Errors
+    /// When they do not fit, or the driver refuses.
+    pub fn write<T: Copy>(&self, buffer: &mut Buffer<T>, at: usize, values: &[T]) -> Result<(), Error> {
+        if at.checked_add(values.len()).is_none_or(|end| end > buffer.len) {
+            return Err(Error::Shape(format!("{} values at {at} of {}", values.len(), buffer.len)));
+        }
         // SAFETY: the buffer has room for all of them, and they stay until the copy is done.
         unsafe {
-            driver("copy to the GPU", result::memcpy_htod_async(buffer.at, values, self.context.stream))?;
+            let to = buffer.at + (at * size_of::<T>()) as u64;
+            driver("copy to the GPU", result::memcpy_htod_async(to, values, self.context.stream))?;
         }
-        self.wait()?;
-        Ok(buffer)
+        self.wait()
+    }
+
+    /// Writes values' bytes, in the GPU's own order, to a place of a buffer, and waits until they are there.
+    ///
+    /// # Errors
+    /// When they are no whole values or do not fit, or the driver refuses.
+    pub fn write_bytes<T: Copy>(&self, buffer: &mut Buffer<T>, at: usize, bytes: &[u8]) -> Result<(), Error> {
+        let count = bytes.len() / size_of::<T>();
+        let whole = bytes.len().is_multiple_of(size_of::<T>());
+        if !whole || at.checked_add(count).is_none_or(|end| end > buffer.len) {
+            return Err(Error::Shape(format!("{} bytes at value {at} of {}", bytes.len(), buffer.len)));
+        }
+        // SAFETY: the buffer has room for all of them, and they stay until the copy is done.
+        unsafe {
+            let to = buffer.at + (at * size_of::<T>()) as u64;
+            driver("copy to the GPU", result::memcpy_htod_async(to, bytes, self.context.stream))?;
+        }
+        self.wait()
+    }
+
+    /// Starts to copy the first `count` values of pinned memory over the first of a buffer.
+    ///
+    /// # Errors
+    /// When there are not so many, or the driver refuses.
+    ///
+    /// # Safety
+    /// The pinned values stay as they are until work after this was waited for.
+    pub(crate) unsafe fn send<T: Copy>(&self, from: &Pinned<T>, to: &mut Buffer<T>, count: usize) -> Result<(), Error> {
+        if count > from.len || count > to.len {
+            return Err(Error::Shape(format!("{count} of {} values are copied over {}", from.len, to.len)));
+        }
+        // SAFETY: both have so many values; that they stay is the caller's.
+        let answer = unsafe { result::memcpy_htod_async(to.at, &from[..count], self.context.stream) };
+        driver("copy to the GPU", answer)
+    }
+
+    /// Copies the first values of a buffer over pinned memory, once all work before is done.
+    ///
+    /// # Errors
+    /// When that work failed, or there are too few values.
+    pub fn fetch<T: Copy>(&self, from: &Buffer<T>, to: &mut Pinned<T>, count: usize) -> Result<(), Error> {
+        if count > from.len || count > to.len {
+            return Err(Error::Shape(format!("{count} of {} values are copied over {}", from.len, to.len)));
+        }
+        let stream = self.context.stream;
+        // SAFETY: both have so many values, and the copy is waited for.
+        driver("copy from the GPU", unsafe { result::memcpy_dtoh_async(&mut to[..count], from.at, stream) })?;
+        self.wait()
+    }
+
+    /// Memory of this machine that the GPU reads and writes by itself, zeroed.
+    ///
+    /// # Errors
+    /// When there is none.
+    pub fn pinned<T: Copy>(&self, len: usize) -> Result<Pinned<T>, Error> {
+        let bytes = len.saturating_mul(size_of::<T>()).max(1);
+        // SAFETY: the memory is this value's own from here on; zero bytes are a value of the plain types that kernels take.
+        unsafe {
+            let at = driver("reserve pinned memory", result::malloc_host(bytes, 0))?;
+            std::ptr::write_bytes(at.cast::<u8>(), 0, bytes);
+            Ok(Pinned { at: at.cast(), len, context: Arc::clone(&self.context) })
+        }
     }
 
     /// The values of a buffer, once all work before is done.
@@ -306,7 +463,7 @@ impl Gpu {
             let flags = sys::CUgraphInstantiate_flags::CUDA_GRAPH_INSTANTIATE_FLAG_AUTO_FREE_ON_LAUNCH;
             let ready = result::graph::instantiate(graph, flags);
             let _ = result::graph::destroy(graph);
-            Ok(Graph { ready: driver("make a graph", ready)?, context: Rc::clone(&self.context) })
+            Ok(Graph { ready: driver("make a graph", ready)?, context: Arc::clone(&self.context) })
         }
     }
 
@@ -336,7 +493,7 @@ impl Gpu {
 pub struct Buffer<T> {
     pub(crate) at: sys::CUdeviceptr,
     len: usize,
-    context: Rc<Context>,
+    context: Arc<Context>,
     values: PhantomData<T>,
 }
 
@@ -352,8 +509,45 @@ impl<T> Buffer<T> {
     }
 }
 
+/// Memory of this machine that the GPU reads and writes by itself.
+pub struct Pinned<T> {
+    at: *mut T,
+    len: usize,
+    context: Arc<Context>,
+}
+
+// SAFETY: the memory is this value's own, as a vector's is.
+unsafe impl<T: Send> Send for Pinned<T> {}
+
+impl<T> std::ops::Deref for Pinned<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        // SAFETY: there are `len` values, set when the memory was reserved.
+        unsafe { std::slice::from_raw_parts(self.at, self.len) }
+    }
+}
+
+impl<T> std::ops::DerefMut for Pinned<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as above, and nobody else has it.
+        unsafe { std::slice::from_raw_parts_mut(self.at, self.len) }
+    }
+}
+
+impl<T> Drop for Pinned<T> {
+    fn drop(&mut self) {
+        let _ = self.context.bind();
+        // SAFETY: the memory is this value's own; copies from it are waited for first.
+        unsafe {
+            let _ = result::stream::synchronize(self.context.stream);
+            let _ = result::free_host(self.at.cast());
+        }
+    }
+}
+
 impl<T> Drop for Buffer<T> {
     fn drop(&mut self) {
+        let _ = self.context.bind();
         // SAFETY: the memory is this buffer's own; freeing waits for work that uses it.
         unsafe {
             let _ = result::stream::synchronize(self.context.stream);
@@ -362,10 +556,13 @@ impl<T> Drop for Buffer<T> {
     }
 }
 
+// SAFETY: a recording may be launched and ended from any thread that has its context, which its owner's `Gpu` binds.
+unsafe impl Send for Graph {}
+
 /// Recorded launches. The buffers they use must outlive it, which is its keeper's business.
 pub struct Graph {
     ready: sys::CUgraphExec,
-    context: Rc<Context>,
+    context: Arc<Context>,
 }
 
 impl Graph {
@@ -384,6 +581,7 @@ impl Graph {
 
 impl Drop for Graph {
     fn drop(&mut self) {
+        let _ = self.context.bind();
         // SAFETY: the graph is this value's own.
         let _ = unsafe { result::graph::exec_destroy(self.ready) };
     }

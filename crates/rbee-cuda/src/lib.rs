@@ -14,6 +14,6 @@ mod attention;
 mod gpu;
 mod kernels;
 
-pub use attention::{BLOCK, Heads, Kv, Partials, RopeTable, Rows, Scores};
-pub use gpu::{Buffer, Error, Gpu, Graph};
-pub use kernels::{Gate, Linear, STEP};
+pub use attention::{BLOCK, Heads, Kv, Padded, Partials, Picked, RopeTable, Rows, Scores, Stretch, WIDTHS};
+pub use gpu::{Buffer, Error, Gpu, Graph, Pinned, Which};
+pub use kernels::{Experts, Gate, Linear, Norm, Onto, Picks, QkNorm, STEP, Shared};

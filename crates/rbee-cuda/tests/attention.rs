@@ -7,13 +7,38 @@
 mod support;
 
 use half::bf16;
-use rbee_cuda::{BLOCK, Error, Gpu, Heads, Kv, Partials, RopeTable, Rows, Scores};
+use rbee_cuda::{BLOCK, Error, Gpu, Heads, Kv, Padded, Partials, Picked, RopeTable, Rows, Scores, Stretch};
 use support::{error, gpu, values};
 
 const PLAIN: Scores = Scores { scale: 0.3, cap: None, window: None };
 
 fn rounded(value: f32) -> f64 {
     f64::from(bf16::from_f32(value))
+}
+
+/// A stretch whose tokens do not matter.
+fn stretch<'a>(start: usize, tokens: &'static [u32], blocks: &'a [u32]) -> Stretch<'a> {
+    Stretch { tokens, start, blocks, shift: 0, picked: Picked::None }
+}
+
+static TOKENS: [u32; 1000] = [0; 1000];
+
+/// Rows of positions of sequences; neighbours of one sequence become one stretch.
+fn rows(gpu: &Gpu, heads: Heads, step: &[(usize, usize)], tables: &[Vec<u32>], padded: Option<Padded>) -> Rows {
+    let mut stretches: Vec<(usize, usize, usize)> = Vec::new();
+    for (sequence, position) in step {
+        match stretches.last_mut() {
+            Some((s, start, len)) if s == sequence && *start + *len == *position => *len += 1,
+            _ => stretches.push((*sequence, *position, 1)),
+        }
+    }
+    let width = tables.iter().map(Vec::len).max().unwrap();
+    let stretches: Vec<Stretch> =
+        stretches.iter().map(|(s, start, len)| stretch(*start, &TOKENS[..*len], &tables[*s])).collect();
+    let room = padded.map_or(step.len(), |padded| padded.rows);
+    let mut rows = Rows::new(gpu, room, stretches.len(), width).unwrap();
+    rows.set(gpu, heads, &stretches, padded).unwrap();
+    rows
 }
 
 /// Two sequences' blocks, in no order.
@@ -93,16 +118,29 @@ impl Case {
 
     /// Computes rows of both sequences in steps; gives what the last step's rows are.
     fn run(&self, gpu: &Gpu, kv: &mut Kv, steps: &[Vec<(usize, usize)>]) -> Vec<f32> {
+        self.run_with(gpu, kv, steps, None, usize::MAX)
+    }
+
+    /// The same with padding, and with room for the partial sums of so many rows.
+    fn run_with(
+        &self,
+        gpu: &Gpu,
+        kv: &mut Kv,
+        steps: &[Vec<(usize, usize)>],
+        padded: Option<Padded>,
+        most: usize,
+    ) -> Vec<f32> {
         let Heads { queries, dim, .. } = self.heads;
         let (tables, rope) = (tables(self.positions), self.rope(gpu));
         let mut got = Vec::new();
         for step in steps {
-            let places: Vec<(usize, &[u32])> = step.iter().map(|(s, p)| (*p, &tables[*s][..])).collect();
-            let rows = Rows::new(gpu, &places).unwrap();
-            let qkv: Vec<f32> = step.iter().flat_map(|(s, p)| self.qkv(*s, *p)).collect();
-            let mut q = gpu.zeroed(step.len() * queries * dim).unwrap();
-            let mut out = gpu.zeroed(step.len() * queries * dim).unwrap();
-            let mut partials = Partials::new(gpu, self.heads, step.len(), self.positions).unwrap();
+            let rows = rows(gpu, self.heads, step, &tables, padded);
+            let mut qkv: Vec<f32> = step.iter().flat_map(|(s, p)| self.qkv(*s, *p)).collect();
+            qkv.resize(rows.count() * self.width(), f32::NAN);
+            let mut q = gpu.zeroed(rows.count() * queries * dim).unwrap();
+            let mut out = gpu.zeroed(rows.count() * queries * dim).unwrap();
+            let context = padded.map_or(self.positions, |padded| padded.parts * 256);
+            let mut partials = Partials::new(gpu, self.heads, step.len().min(most), context).unwrap();
             kv.write(gpu, &rows, &rope, &gpu.upload(&qkv).unwrap(), &mut q).unwrap();
             kv.attend(gpu, &rows, self.scores, &q, &mut partials, &mut out).unwrap();
             got = gpu.download(&out).unwrap().iter().map(|value: &bf16| value.to_f32()).collect();
@@ -165,8 +203,14 @@ fn a_row_attends_with_the_same_bits_in_any_step() {
         }
         let mut beside = all;
         beside.extend((0..77).map(|p| (1, p)));
-        let among = case.run(&gpu, &mut case.kv(&gpu), &[beside]);
+        let among = case.run(&gpu, &mut case.kv(&gpu), &[beside.clone()]);
         assert!(among[..600 * width] == together, "beside another sequence");
+        let piecewise = case.run_with(&gpu, &mut case.kv(&gpu), &[beside.clone()], None, 17);
+        assert!(piecewise == among, "in pieces, for little room");
+        let padded = Padded { rows: 700, parts: 5 };
+        let filled = case.run_with(&gpu, &mut case.kv(&gpu), &[beside], Some(padded), usize::MAX);
+        assert!(filled[..677 * width] == among, "padded");
+        assert!(filled[677 * width..].iter().all(|value| *value == 0.0), "rows that nobody has");
     }
 }
 
@@ -176,15 +220,22 @@ fn what_reaches_beyond_the_kv_is_refused_before_a_launch() {
     for bad in [heads(4, 3, 64), heads(34, 2, 64), heads(4, 2, 48), heads(4, 0, 64)] {
         assert!(matches!(Kv::new(&gpu, bad, 2), Err(Error::Shape(_))), "{bad:?}");
     }
-    assert!(matches!(Rows::new(&gpu, &[(16, &[0])]), Err(Error::Shape(_))));
-    assert!(matches!(Rows::new(&gpu, &[]), Err(Error::Shape(_))));
     let case = Case { heads: heads(4, 2, 64), scores: PLAIN, half: 32, positions: 32 };
+    let mut room = Rows::new(&gpu, 8, 2, 20).unwrap();
+    let mut set = |stretches: &[Stretch], padded| room.set(&gpu, case.heads, stretches, padded).is_ok();
+    assert!(set(&[stretch(15, &TOKENS[..1], &[0])], None));
+    assert!(!set(&[stretch(16, &TOKENS[..1], &[0])], None), "blocks that do not reach the position");
+    assert!(!set(&[], None) && !set(&[stretch(0, &[], &[0])], None), "no rows");
+    assert!(!set(&[stretch(0, &TOKENS[..9], &[0])], None), "more rows than there is room for");
+    assert!(!set(&[stretch(0, &TOKENS[..1], &[0]); 3], None), "more sequences than there is room for");
+    assert!(!set(&[stretch(0, &TOKENS[..1], &[0; 21])], None), "more blocks than there is room for");
+    assert!(!set(&[stretch(300, &TOKENS[..1], &[0; 20])], Some(Padded { rows: 1, parts: 1 })), "beyond the partials");
     let mut kv = Kv::new(&gpu, case.heads, 2).unwrap();
     let (rope, qkv) = (case.rope(&gpu), gpu.upload(&case.qkv(0, 0)).unwrap());
     let (mut q, mut out) = (gpu.zeroed(4 * 64).unwrap(), gpu.zeroed(4 * 64).unwrap());
     let mut partials = Partials::new(&gpu, case.heads, 1, 32).unwrap();
     let mut both = |position: usize, table: &[u32]| {
-        let rows = Rows::new(&gpu, &[(position, table)]).unwrap();
+        let rows = rows(&gpu, case.heads, &[(0, position)], &[table.to_vec()], None);
         let written = kv.write(&gpu, &rows, &rope, &qkv, &mut q).is_ok();
         (written, kv.attend(&gpu, &rows, PLAIN, &q, &mut partials, &mut out).is_ok())
     };

@@ -3,7 +3,7 @@
 use std::ops::Deref;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use rbee_cuda::{Error, Gpu};
+use rbee_cuda::{Error, Gpu, Which};
 
 /// One test at a time: some measure the GPU's memory.
 static ALONE: Mutex<()> = Mutex::new(());
@@ -24,7 +24,7 @@ impl Deref for Held {
 /// The GPU, or the reason why there is none.
 pub fn gpu(test: &str) -> Option<Held> {
     let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
-    match Gpu::open(0) {
+    match Gpu::open(&Which::Number(0)) {
         Ok(gpu) => Some(Held { gpu, _alone: alone }),
         Err(error @ (Error::NoDriver | Error::NoDevice { .. } | Error::TooOld { .. })) => {
             eprintln!("{test} is skipped: {error}");
