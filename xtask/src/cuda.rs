@@ -16,8 +16,17 @@ const PACKAGES: [&str; 5] = [
     "nvidia-cuda-cccl==13.0.85",
 ];
 
-/// The test and bench programs that go into the archive.
-const PROGRAMS: [&str; 3] = ["parity", "attention", "decode"];
+/// The test and bench programs that go into the archive: crate and target.
+const PROGRAMS: [(&str, &str); 5] = [
+    ("rbee-cuda", "parity"),
+    ("rbee-cuda", "attention"),
+    ("rbee-models", "it"),
+    ("rbee-cuda", "decode"),
+    ("rbee-models", "gpu"),
+];
+
+/// The worker's program.
+const WORKER: &str = "llm-worker-rbee-cuda";
 
 /// Largest archive, in bytes.
 const LARGEST: u64 = 60 << 20;
@@ -46,13 +55,12 @@ pub fn toolkit(root: &Path) -> Result<PathBuf> {
     Ok(home)
 }
 
-/// Cargo on the crate of the kernels, with the toolkit and a folder of its own for what it makes.
+/// Cargo with the toolkit, on all crates with the feature: external crates are then those of every other build, made once.
 fn cargo(root: &Path, home: &Path, args: &[&str]) -> Command {
     let mut cargo = Command::new(std::env::var("CARGO").unwrap_or_else(|_| "cargo".into()));
-    let all = ["--release", "--locked", "--package", "rbee-cuda", "--features", "cuda"];
+    let all = ["--release", "--locked", "--workspace", "--features", "llm-worker-rbee/cuda"];
     let (verb, rest) = args.split_first().map_or(("build", args), |(verb, rest)| (*verb, rest));
-    cargo.arg(verb).args(all).args(rest).current_dir(root);
-    cargo.env("CUDA_HOME", home).env("CARGO_TARGET_DIR", folder(root).join("build"));
+    cargo.arg(verb).args(all).args(rest).current_dir(root).env("CUDA_HOME", home);
     cargo
 }
 
@@ -65,14 +73,44 @@ fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Compiles the kernels, lints their crate and runs its tests, which say what they skip where there is no GPU.
+/// Compiles the kernels, lints all that uses them and runs its tests, which say what they skip where there is no GPU, and sees
+/// the worker say what is missing there.
 ///
 /// # Errors
 /// When any of it fails.
 pub fn check(root: &Path) -> Result<()> {
     let home = toolkit(root)?;
-    run(&mut cargo(root, &home, &["clippy", "--all-targets", "--", "-D", "warnings"]))?;
-    run(&mut cargo(root, &home, &["test", "--", "--nocapture"]))
+    let crates = ["--exclude", "rbee-e2e", "--exclude", "xtask", "--exclude", "rbee-fuzz"];
+    run(cargo(root, &home, &["clippy"]).args(crates).args(["--all-targets", "--", "-D", "warnings"]))?;
+    run(cargo(root, &home, &["test"]).args(["--test", "parity", "--test", "attention", "--", "--nocapture"]))?;
+    run(cargo(root, &home, &["test"]).args(["--test", "it", "cuda::", "--", "--nocapture"]))?;
+    let worker = build(root)?;
+    if Path::new("/dev/nvidiactl").exists() {
+        return Ok(());
+    }
+    let output = Command::new(&worker).args(["--bind", "127.0.0.1:0"]).output().context("the worker")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    if output.status.code() == Some(0) || !said.contains("no NVIDIA driver") {
+        bail!("without a driver the worker ends with {:?} and says: {said}", output.status.code());
+    }
+    Ok(())
+}
+
+/// Builds the worker for GPUs and leaves it, stripped, where a hive that was built in this tree finds it.
+///
+/// # Errors
+/// When it does not build.
+pub fn build(root: &Path) -> Result<PathBuf> {
+    let home = toolkit(root)?;
+    run(cargo(root, &home, &["build"]).args(["--bin", WORKER]))?;
+    let target = std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from);
+    let (built, worker) = (target.join("release").join(WORKER), folder(root).join(WORKER));
+    // A worker may be running: its file is replaced, not written to.
+    let fresh = worker.with_extension("new");
+    run(Command::new("strip").arg("-o").arg(&fresh).arg(built))?;
+    std::fs::rename(&fresh, &worker).context("the worker's program")?;
+    eprintln!("cuda: {} is there; a hive that is built here uses it from now on", worker.display());
+    Ok(worker)
 }
 
 /// [`check`] where the toolkit can be had, else a word that it was skipped.
@@ -95,27 +133,43 @@ pub fn check_if_possible(root: &Path) -> Result<()> {
 /// When something does not build, or the archive is too large.
 pub fn pack(root: &Path) -> Result<PathBuf> {
     let home = toolkit(root)?;
-    let mut build = cargo(root, &home, &["build", "--tests", "--benches", "--message-format=json-render-diagnostics"]);
-    let output = build.stderr(std::process::Stdio::inherit()).output().context("cargo build")?;
-    if !output.status.success() {
-        bail!("the programs do not build");
-    }
+    let worker = build(root)?;
+    let programs = [
+        "test",
+        "--no-run",
+        "--test",
+        "parity",
+        "--test",
+        "attention",
+        "--test",
+        "it",
+        "--bench",
+        "decode",
+        "--bench",
+        "gpu",
+    ];
+    let built = executables(cargo(root, &home, &programs).arg("--message-format=json-render-diagnostics"))?;
     let pack = folder(root).join("gpu-check");
     let _ = std::fs::remove_dir_all(&pack);
     std::fs::create_dir_all(&pack).with_context(|| format!("cannot make {}", pack.display()))?;
-    let lines = String::from_utf8(output.stdout).context("cargo's messages")?;
-    let messages = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
-    let built: Vec<(String, String)> = messages
-        .filter_map(|message| {
-            let text = |value: &Value| value.as_str().map(str::to_owned);
-            Some((text(&message["target"]["name"])?, text(&message["executable"])?))
-        })
-        .collect();
-    for name in PROGRAMS {
-        let (_, program) = built.iter().find(|(target, _)| target == name).with_context(|| format!("no {name}"))?;
+    for (package, name) in PROGRAMS {
+        let place = format!("crates/{package}#");
+        let found = built.iter().find(|(id, program)| {
+            let file = Path::new(program).file_stem().and_then(|file| file.to_str()).unwrap_or_default();
+            id.contains(&place) && file.starts_with(&format!("{name}-"))
+        });
+        let (_, program) = found.with_context(|| format!("no {name} of {package}"))?;
         run(Command::new("strip").arg("-o").arg(pack.join(name)).arg(program))?;
     }
-    std::fs::copy(root.join("crates/rbee-cuda/gpu-check.sh"), pack.join("gpu-check.sh")).context("the script")?;
+    std::fs::copy(&worker, pack.join(WORKER)).context("the worker's program")?;
+    let fixtures = pack.join("fixtures");
+    std::fs::create_dir_all(&fixtures).context("the fixtures")?;
+    run(Command::new("cp").arg("-R").arg(root.join("tests/fixtures/models")).arg(&fixtures))?;
+    run(Command::new("cp").arg("-R").arg(root.join("tinybee/model")).arg(fixtures.join("tinybee")))?;
+    for script in ["crates/rbee-cuda/gpu-check.sh", "crates/rbee-models/benches/gpu_transformers.py"] {
+        let file = root.join(script);
+        std::fs::copy(&file, pack.join(file.file_name().unwrap_or_default())).context("a script")?;
+    }
     let archive = folder(root).join("gpu-check.tar.gz");
     run(Command::new("tar").arg("-czf").arg(&archive).arg("-C").arg(folder(root)).arg("gpu-check"))?;
     let size = archive.metadata().context("the archive")?.len();
@@ -128,6 +182,18 @@ pub fn pack(root: &Path) -> Result<PathBuf> {
         size >> 10
     );
     Ok(pack)
+}
+
+/// Package and file of the programs that a build makes.
+fn executables(build: &mut Command) -> Result<Vec<(String, String)>> {
+    let output = build.stderr(std::process::Stdio::inherit()).output().context("cargo")?;
+    if !output.status.success() {
+        bail!("the programs do not build");
+    }
+    let lines = String::from_utf8(output.stdout).context("cargo's messages")?;
+    let messages = lines.lines().filter_map(|line| serde_json::from_str::<Value>(line).ok());
+    let text = |value: &Value| value.as_str().map(str::to_owned);
+    Ok(messages.filter_map(|message| Some((text(&message["package_id"])?, text(&message["executable"])?))).collect())
 }
 
 /// Runs tests and bench on this machine's GPU; the report is `report.md` beside them.

@@ -26,7 +26,8 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   up [WORKERS]   a fleet of simulated workers in a home of its own, until Ctrl-C
   bench NAME     measure: relay, start, api, engine
   cuda toolkit   bring NVIDIA's compiler into target/cuda
-  cuda check     compile and lint the GPU's kernels, run their tests
+  cuda check     compile and lint what runs on GPUs, run its tests
+  cuda build     the worker for GPUs, where a hive built here finds it
   cuda pack      one archive that tests and measures them on a machine with a GPU
   cuda gpu-check the same on this machine
 ";
@@ -47,6 +48,7 @@ fn main() -> ExitCode {
         ["up", workers] => up(workers),
         ["cuda", "toolkit"] => cuda::toolkit(&root()).map(|home| println!("{}", home.display())),
         ["cuda", "check"] => cuda::check(&root()),
+        ["cuda", "build"] => cuda::build(&root()).map(drop),
         ["cuda", "pack"] => cuda::pack(&root()).map(drop),
         ["cuda", "gpu-check"] => cuda::gpu_check(&root()),
         ["bench", ..] => bench::run(&args[1..]),

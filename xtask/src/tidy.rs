@@ -18,7 +18,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("rbee-engine", &[]),
     ("rbee-kernels", &[]),
     ("rbee-cuda", &[]),
-    ("rbee-models", &["rbee-engine", "rbee-kernels", "rbee-weights"]),
+    ("rbee-models", &["rbee-cuda", "rbee-engine", "rbee-kernels", "rbee-weights"]),
     ("rbee-scheduler", &["rbee-wire"]),
     ("rbee-supervisor", &["rbee-wire"]),
     ("rbee-service", &["rbee-wire"]),

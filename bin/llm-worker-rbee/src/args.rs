@@ -17,10 +17,10 @@ pub struct Cli {
     #[arg(long, default_value = "tinybee")]
     pub model: ModelRef,
     /// The device to compute on.
-    #[arg(long, default_value = "cpu")]
+    #[arg(long, default_value = "auto")]
     pub device: DeviceSpec,
     /// What computes the tokens.
-    #[arg(long, value_enum, default_value_t = Backend::Cpu)]
+    #[arg(long, value_enum, default_value_t = Backend::DEFAULT)]
     pub backend: Backend,
     /// Where heartbeats go.
     #[arg(long, env = "RBEE_QUEEN_URL", default_value = "http://127.0.0.1:7833")]
@@ -83,8 +83,20 @@ pub enum Command {
 pub enum Backend {
     /// The model itself, on the CPU.
     Cpu,
+    /// The model itself, on an NVIDIA GPU.
+    #[cfg(feature = "cuda")]
+    Cuda,
     /// A hash of the tokens so far: no weights, any pace; for tests and for measuring everything else.
     Sim,
+}
+
+impl Backend {
+    /// That of the program's own device.
+    #[cfg(feature = "cuda")]
+    pub const DEFAULT: Self = Self::Cuda;
+    /// That of the program's own device.
+    #[cfg(not(feature = "cuda"))]
+    pub const DEFAULT: Self = Self::Cpu;
 }
 
 /// The pace and shape of a simulated model.

@@ -1,6 +1,6 @@
 //! A loaded model: an engine, and the text side of its tokens.
 
-mod cpu;
+mod model;
 mod sim;
 
 use rbee_engine::{
@@ -14,7 +14,7 @@ use rbee_wire::{ErrorBody, ErrorCode};
 
 use crate::args::{Backend, Cli};
 
-pub use cpu::inspect;
+pub use model::inspect;
 
 /// Requests generated for at once, unless the charge says otherwise.
 pub const DEFAULT_SLOTS: u32 = 8;
@@ -26,10 +26,14 @@ const ENGINE_QUEUE: usize = 64;
 /// Tokens of one prompt in one step: small enough that others' tokens keep coming, large enough to use the cores.
 const PREFILL_CHUNK: usize = 256;
 
+/// The same on a GPU, which needs more of them to be busy.
+#[cfg(feature = "cuda")]
+const GPU_PREFILL_CHUNK: usize = 512;
+
 /// What the heartbeat says of a loaded model.
 #[derive(Clone, Debug, Default)]
 pub struct Facts {
-    /// Bytes on the device; `total` is measured anew each time.
+    /// Bytes on the device; `total` is what this process has in memory, measured anew each time, where it is 0.
     pub memory: WorkerMemory,
     /// Two workers of the same numerics id give the same tokens.
     pub numerics_id: Option<String>,
@@ -116,15 +120,18 @@ pub fn load(cli: &Cli, charge: &WorkerCharge, progress: &dyn Fn(LoadProgress)) -
     let steps = StepCounter::default();
     progress(LoadProgress { stage: "load".into(), done: 0, total: 0, unit: "bytes".into() });
     let Parts { runner, text, facts } = match cli.backend {
-        Backend::Cpu => cpu::load(charge, &steps, progress)?,
+        Backend::Cpu => model::load(model::Computes::OnCpu, charge, &steps, progress)?,
+        #[cfg(feature = "cuda")]
+        Backend::Cuda => model::load(model::Computes::OnGpu, charge, &steps, progress)?,
         Backend::Sim => sim::load(cli, charge, slots, &steps, progress)?,
     };
-    let config = EngineConfig {
-        slots,
-        step_tokens: slots + PREFILL_CHUNK,
-        prefill_chunk: PREFILL_CHUNK,
-        queue: ENGINE_QUEUE.max(slots),
+    let prefill_chunk = match cli.backend {
+        #[cfg(feature = "cuda")]
+        Backend::Cuda => GPU_PREFILL_CHUNK,
+        Backend::Cpu | Backend::Sim => PREFILL_CHUNK,
     };
+    let config =
+        EngineConfig { slots, step_tokens: slots + prefill_chunk, prefill_chunk, queue: ENGINE_QUEUE.max(slots) };
     let failed = |error: &dyn std::fmt::Display| {
         ErrorBody::new(ErrorCode::ModelLoadFailed, format!("the model was read but its engine did not start: {error}"))
     };

@@ -3,21 +3,22 @@
 use rbee_service::random_hex;
 use rbee_wire::ids::DeviceId;
 use rbee_wire::worker::WorkerCharge;
-use rbee_wire::{DeviceSpec, ErrorBody, ErrorCode, HiveId, Incarnation, WorkerId};
+use rbee_wire::{DeviceSpec, HiveId, Incarnation, WorkerId};
 
+#[cfg(feature = "cuda")]
+use crate::args::Backend;
 use crate::args::Cli;
 
 /// The charge of a worker that nobody supervises.
-///
-/// # Errors
-/// `DEVICE_UNAVAILABLE` for a device that this binary does not compute on.
-pub fn by_hand(cli: &Cli) -> Result<WorkerCharge, ErrorBody> {
-    let device = match cli.device {
-        DeviceSpec::Auto | DeviceSpec::Cpu => "cpu",
-        DeviceSpec::Cuda(_) => return Err(no_cuda()),
+pub fn by_hand(cli: &Cli) -> WorkerCharge {
+    let device = match (cli.device, cli.backend) {
+        #[cfg(feature = "cuda")]
+        (DeviceSpec::Auto, Backend::Cuda) => "cuda:0".to_owned(),
+        (DeviceSpec::Auto, _) => "cpu".to_owned(),
+        (named, _) => named.to_string(),
     };
     let id = |text: String| WorkerId::new(text).expect("hexadecimal digits make an id");
-    Ok(WorkerCharge {
+    WorkerCharge {
         nonce: random_hex(16),
         worker_id: id(format!("worker-{}", random_hex(4))),
         incarnation: Incarnation { counter: 1, random: random_hex(16) },
@@ -27,13 +28,8 @@ pub fn by_hand(cli: &Cli) -> Result<WorkerCharge, ErrorBody> {
         queen_token: std::env::var("RBEE_TOKEN").ok(),
         model: cli.model.clone(),
         device: DeviceId::new(device).expect("a short word is an id"),
+        device_uuid: None,
         load: cli.sizes.clone().into(),
         kv_bytes: None,
-    })
-}
-
-/// The refusal of a device that this binary does not compute on.
-pub fn no_cuda() -> ErrorBody {
-    ErrorBody::new(ErrorCode::DeviceUnavailable, "this worker computes on the CPU only")
-        .with_hint("a worker for NVIDIA GPUs is a binary of its own; use --device cpu")
+    }
 }

@@ -21,9 +21,11 @@ mod memory;
 mod status;
 
 use std::net::SocketAddr;
+use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
 
+use clap::Parser;
 use rbee_engine::Ended;
 use rbee_service::{Clock, ServeLimits, Shutdown, serve};
 use rbee_supervisor::build_id;
@@ -38,13 +40,33 @@ use crate::status::{Phase, Status};
 /// Longest time that what runs may take to finish once the worker is told to stop by a signal.
 const DRAIN: Duration = Duration::from_secs(30);
 
+/// The worker's process: arguments in, exit code out.
+pub fn program() -> ExitCode {
+    let cli = Cli::parse();
+    let inspects = cli.command.is_some();
+    match run(cli) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            if inspects {
+                // The hive reads it from there.
+                println!("{}", serde_json::to_string(&error).expect("wire types serialize to JSON"));
+            }
+            eprintln!("error: {error}");
+            if let Some(hint) = &error.hint {
+                eprintln!("hint: {hint}");
+            }
+            ExitCode::from(error.code.exit_code())
+        }
+    }
+}
+
 /// Carries out the command line; returns when the worker has ended in order.
 ///
 /// # Errors
 /// Why it did not start or had to end.
 pub fn run(cli: Cli) -> Result<(), ErrorBody> {
     if let Some(Command::Inspect { model, sizes }) = &cli.command {
-        let needs = backend::inspect(model, &sizes.clone().into())?;
+        let needs = backend::inspect(cli.backend, model, &sizes.clone().into())?;
         println!("{}", serde_json::to_string(&needs).expect("plain numbers serialize"));
         return Ok(());
     }
@@ -55,7 +77,7 @@ pub fn run(cli: Cli) -> Result<(), ErrorBody> {
             let charge = end.charge().map_err(internal)?;
             (charge, SocketAddr::from(([127, 0, 0, 1], 0)), Some(end))
         }
-        None => (charge::by_hand(&cli)?, cli.bind, None),
+        None => (charge::by_hand(&cli), cli.bind, None),
     };
     if !bind.ip().is_loopback() && end.is_none() {
         tracing::info!("listening beyond loopback; every route but /health asks for the bearer");
@@ -130,7 +152,7 @@ async fn serve_model(
     let outcome = match loaded {
         Ok(loaded) => {
             let loaded = Arc::new(loaded);
-            let memory = rbee_wire::worker::WorkerMemory { total: memory::resident(), ..loaded.facts.memory };
+            let memory = status::measured(loaded.facts.memory);
             status.set(Phase::Serving(Arc::clone(&loaded)));
             tracing::info!(model = %status.model(), weights = memory.weights, kv = memory.kv, "ready");
             tell(ControlUp::Ready { memory });

@@ -169,7 +169,7 @@ impl Status {
             model: charge.model.clone(),
             fingerprint,
             device: charge.device.clone(),
-            memory: WorkerMemory { total: memory::resident(), ..memory },
+            memory: measured(memory),
             slots: loaded.as_ref().map(|loaded| slots(&loaded.engine)).unwrap_or_default(),
             queue: stats.waiting as u64,
             kv_blocks: UsedOf { total: stats.kv_blocks_total as u64, used: stats.kv_blocks_used as u64 },
@@ -186,6 +186,11 @@ impl Status {
             build: self.0.build.clone(),
         }
     }
+}
+
+/// The bytes that a model has, with what the process has in memory where the device's own were not measured at load.
+pub fn measured(memory: WorkerMemory) -> WorkerMemory {
+    if memory.total > 0 { memory } else { WorkerMemory { total: memory::resident(), ..memory } }
 }
 
 /// Slots in all and taken; a request that waits has its claim on one.

@@ -12,6 +12,7 @@ mod incarnation;
 mod jobs;
 mod spawn;
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -61,6 +62,13 @@ pub fn run(cli: Cli) -> Result<(), ErrorBody> {
     outcome
 }
 
+/// The worker's program for GPUs: beside this one, or where `cargo xtask cuda build` leaves it in a tree that this one was built in.
+fn cuda_worker() -> Option<PathBuf> {
+    let beside = daemon::sibling("llm-worker-rbee-cuda").ok()?;
+    let built = daemon::sibling("../cuda/llm-worker-rbee-cuda").ok()?;
+    Some(if beside.is_file() { beside } else { built })
+}
+
 async fn serve_hive(cli: &Cli, home: &Home, settings: Settings) -> Result<(), ErrorBody> {
     let address = settings.hive_bind.value;
     let token = settings.token.value.clone();
@@ -83,8 +91,8 @@ async fn serve_hive(cli: &Cli, home: &Home, settings: Settings) -> Result<(), Er
     let incarnation = incarnations.next();
     let supervisor = Supervisor::new(&home.state.join("workers"), &home.run.join("workers"))
         .map_err(|error| failed("its folders", error))?;
-    let devices = Arc::new(Devices::discover());
     let worker = daemon::sibling("llm-worker-rbee").map_err(|error| failed("its worker's program", error))?;
+    let devices = Arc::new(Devices::discover(cuda_worker()));
     let build = build_id(std::path::Path::new("/proc/self/exe")).unwrap_or_default();
     let spawner = Arc::new(Spawner {
         hive_id: cli.hive_id.clone(),

@@ -7,7 +7,7 @@ use std::time::Duration;
 use rbee_service::random_hex;
 use rbee_supervisor::{SpawnSpec, Supervisor, run_bounded};
 use rbee_wire::event::{Event, NoteLevel};
-use rbee_wire::hive::{DeviceKind, Process, ProcessState};
+use rbee_wire::hive::{Device, DeviceKind, Process, ProcessState};
 use rbee_wire::job::WorkerSpawn;
 use rbee_wire::view::{SpawnOutcome, SpawnView};
 use rbee_wire::worker::{LoadOptions, WorkerCharge};
@@ -105,15 +105,14 @@ impl Spawner {
         spawn: &WorkerSpawn,
         tell: &(dyn Fn(Event) + Sync),
     ) -> Result<Vec<SpawnView>, ErrorBody> {
-        let device = self.device(spawn.device)?;
         self.check_model(&spawn.model)?;
-        let (outcome, processes) = self.reserve(spawn, &device, tell).await?;
+        let (outcome, processes) = self.reserve(spawn, tell).await?;
         let view = |process: &Process| SpawnView {
             outcome,
             worker_id: process.worker_id.clone(),
             hive_id: self.hive_id.clone(),
             model: spawn.model.clone(),
-            device: device.clone(),
+            device: process.device.clone(),
             pid: self.supervisor.get(&process.worker_id).map_or(process.pid, |process| process.pid),
         };
         if outcome == SpawnOutcome::Existing {
@@ -131,25 +130,33 @@ impl Spawner {
     async fn reserve(
         &self,
         spawn: &WorkerSpawn,
-        device: &DeviceId,
         tell: &(dyn Fn(Event) + Sync),
     ) -> Result<(SpawnOutcome, Vec<Process>), ErrorBody> {
         let _one = self.reserving.lock().await;
-        let mut all = self.there(spawn, device);
+        let named = match spawn.device {
+            DeviceSpec::Auto => None,
+            DeviceSpec::Cpu | DeviceSpec::Cuda(_) => Some(self.device(spawn.device)?),
+        };
+        let mut all = self.there(spawn, named.as_ref().map(|device| &device.id));
         let wanted = spawn.replicas.unwrap_or(1) as usize;
         if all.len() >= wanted {
             return Ok((SpawnOutcome::Existing, all));
         }
-        let needs = self.needed(&spawn.model, &spawn.load).await?;
         while all.len() < wanted {
-            let free = self.free(device);
-            let Some(granted) = needs.granted(free) else {
-                return Err(self.too_large(spawn, device, needs.least, free).await);
+            let device = match &named {
+                Some(device) => device.clone(),
+                None => self.choose(spawn, tell).await?,
             };
+            let needs = self.needed(&device, &spawn.model, &spawn.load).await?;
+            let free = self.free(&device);
+            let Some(granted) = needs.granted(free) else {
+                return Err(self.too_large(spawn, &device, needs.least, free).await);
+            };
+            let id = &device.id;
             if let Some(kv) = granted.kv {
                 let mib = |bytes: u64| bytes >> 20;
                 let text = format!(
-                    "KV has {} MiB rather than {} MiB: {device} has {} MiB free; texts that outgrow it wait for each other",
+                    "KV has {} MiB rather than {} MiB: {id} has {} MiB free; texts that outgrow it wait for each other",
                     mib(kv),
                     mib(needs.kv),
                     mib(free)
@@ -157,9 +164,9 @@ impl Spawner {
                 tell(Event::note(NoteLevel::Warn, text));
             }
             let spec = SpawnSpec {
-                program: self.worker.clone(),
+                program: self.program(&device),
                 args: self.worker_args.clone(),
-                charge: Arc::new(self.charge(spawn, device, granted.kv)),
+                charge: Arc::new(self.charge(spawn, &device, granted.kv)),
                 reserved: granted.reserved,
             };
             let process = self.supervisor.spawn(spec).await.map_err(|error| error.to_body())?;
@@ -174,13 +181,45 @@ impl Spawner {
         Ok((SpawnOutcome::Started, all))
     }
 
-    /// Workers that serve what is asked for, or will.
-    fn there(&self, spawn: &WorkerSpawn, device: &DeviceId) -> Vec<Process> {
+    /// The device for a load that may go anywhere: a GPU that it fits in, the one with most memory free, else the CPU. The
+    /// built-in model is small enough for the CPU, which has it ready sooner than a GPU's driver starts.
+    async fn choose(&self, spawn: &WorkerSpawn, tell: &(dyn Fn(Event) + Sync)) -> Result<Device, ErrorBody> {
+        let cpu = self.devices.cpu();
+        if self.simulates() || spawn.model == ModelRef::Tinybee {
+            return Ok(cpu);
+        }
+        let usable = |device: &Device| device.kind == DeviceKind::Cuda && device.unavailable.is_none();
+        let mut gpus: Vec<Device> = self.devices.list().into_iter().filter(usable).collect();
+        gpus.sort_by_key(|gpu| std::cmp::Reverse(self.free(gpu)));
+        for gpu in gpus {
+            let reason = match self.needed(&gpu, &spawn.model, &spawn.load).await {
+                Ok(needs) if needs.granted(self.free(&gpu)).is_some() => return Ok(gpu),
+                Ok(needs) => {
+                    format!("it has {} MiB free and the load needs {} MiB", self.free(&gpu) >> 20, needs.least >> 20)
+                }
+                Err(error) => error.message,
+            };
+            tell(Event::note(NoteLevel::Info, format!("not on {}: {reason}", gpu.id)));
+        }
+        Ok(cpu)
+    }
+
+    /// The worker's program for a device.
+    fn program(&self, device: &Device) -> PathBuf {
+        match (device.kind, self.devices.cuda_worker()) {
+            (DeviceKind::Cuda, Some(program)) => program.to_owned(),
+            _ => self.worker.clone(),
+        }
+    }
+
+    /// Workers that serve what is asked for, or will, on a device or on any.
+    fn there(&self, spawn: &WorkerSpawn, device: Option<&DeviceId>) -> Vec<Process> {
         let asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
         let fits = |worker: &WorkerId| asked.iter().any(|(id, other)| id == worker && spawn.load.met_by(&other.load));
         let alive = |state| !matches!(state, ProcessState::Exited | ProcessState::Draining);
         let list = self.supervisor.list().into_iter();
-        list.filter(|process| process.model == spawn.model && &process.device == device && alive(process.state))
+        list.filter(|process| process.model == spawn.model && alive(process.state))
+            .filter(|process| device.is_none_or(|device| &process.device == device))
             .filter(|process| fits(&process.worker_id))
             .collect()
     }
@@ -189,7 +228,7 @@ impl Spawner {
     fn charge(
         &self,
         spawn: &WorkerSpawn,
-        device: &DeviceId,
+        device: &Device,
         kv_bytes: Option<u64>,
     ) -> impl Fn() -> WorkerCharge + Send + Sync + use<> {
         let worker_id = WorkerId::new(format!("worker-{}", random_hex(4))).expect("hexadecimal digits make an id");
@@ -206,17 +245,16 @@ impl Spawner {
             queen_url: queen_url.clone(),
             queen_token: queen_token.clone(),
             model: spawn.model.clone(),
-            device: device.clone(),
+            device: device.id.clone(),
+            device_uuid: device.uuid.clone(),
             load: LoadOptions { slots: Some(spawn.load.slots.unwrap_or(slots)), ..spawn.load.clone() },
             kv_bytes,
         }
     }
 
-    fn device(&self, wanted: DeviceSpec) -> Result<DeviceId, ErrorBody> {
-        let id = match wanted {
-            DeviceSpec::Auto | DeviceSpec::Cpu => "cpu".to_owned(),
-            DeviceSpec::Cuda(_) => wanted.to_string(),
-        };
+    /// The device that is named, if workers can use it.
+    fn device(&self, wanted: DeviceSpec) -> Result<Device, ErrorBody> {
+        let id = wanted.to_string();
         let devices = self.devices.list();
         let there = devices.iter().map(|device| device.id.to_string()).collect::<Vec<_>>().join(", ");
         let Some(device) = devices.into_iter().find(|device| device.id.as_str() == id) else {
@@ -232,7 +270,7 @@ impl Spawner {
                 Err(refuse(ErrorCode::DeviceUnavailable, format!("device {id} cannot be used: {reason}"))
                     .with_hint(hint))
             }
-            None => Ok(device.id),
+            None => Ok(device),
         }
     }
 
@@ -263,14 +301,15 @@ impl Spawner {
     }
 
     /// Bytes that the load needs, from the model's own header, read by a worker.
-    async fn needed(&self, model: &ModelRef, load: &LoadOptions) -> Result<Needs, ErrorBody> {
+    async fn needed(&self, device: &Device, model: &ModelRef, load: &LoadOptions) -> Result<Needs, ErrorBody> {
         let LoadOptions { ctx, slots, kv_type, quantize, .. } = load;
         let slots = slots.unwrap_or(self.slots);
-        let plain = ctx.is_none() && slots <= 8 && kv_type.is_none() && quantize.is_none();
+        let plain =
+            device.kind == DeviceKind::Cpu && ctx.is_none() && slots <= 8 && kv_type.is_none() && quantize.is_none();
         if self.simulates() || (*model == ModelRef::Tinybee && plain) {
             return Ok(Needs { total: TINYBEE_NEEDS, least: TINYBEE_NEEDS, kv: 0 });
         }
-        let mut command = std::process::Command::new(&self.worker);
+        let mut command = std::process::Command::new(self.program(device));
         command.arg("inspect").arg(model.to_string());
         command.arg("--slots").arg(slots.to_string());
         for (name, value) in
@@ -296,38 +335,47 @@ impl Spawner {
         serde_json::from_slice(&bytes).map_err(|error| failed(error.to_string()))
     }
 
-    /// Free memory less what is reserved and not yet in use: a worker takes its KV page by page as texts come.
-    fn free(&self, device: &DeviceId) -> u64 {
-        let measured =
-            self.devices.list().into_iter().find(|found| &found.id == device).map_or(0, |found| found.memory_free);
+    /// Free memory less what is reserved and not yet in use: a worker on the CPU takes its KV page by page as texts come, one on
+    /// a GPU has taken everything when it is ready.
+    fn free(&self, device: &Device) -> u64 {
+        let found = self.devices.list().into_iter().find(|found| found.id == device.id);
+        let measured = found.map_or(0, |found| found.memory_free);
         let alive = self
             .supervisor
             .list()
             .into_iter()
-            .filter(|process| &process.device == device && process.state != ProcessState::Exited);
-        measured.saturating_sub(alive.map(|process| process.reserved.saturating_sub(anonymous(process.pid))).sum())
+            .filter(|process| process.device == device.id && process.state != ProcessState::Exited);
+        let not_taken = |process: Process| match device.kind {
+            DeviceKind::Cpu => process.reserved.saturating_sub(anonymous(process.pid)),
+            DeviceKind::Cuda => match process.state {
+                ProcessState::Ready | ProcessState::Draining => 0,
+                _ => process.reserved,
+            },
+        };
+        measured.saturating_sub(alive.map(not_taken).sum())
     }
 
     /// The refusal of a load that needs more than is free, with what of it would fit.
-    async fn too_large(&self, spawn: &WorkerSpawn, device: &DeviceId, needed: u64, free: u64) -> ErrorBody {
-        let ways = |ctx: Option<u32>, quantize: &str| LoadOptions {
+    async fn too_large(&self, spawn: &WorkerSpawn, device: &Device, needed: u64, free: u64) -> ErrorBody {
+        let ways = |ctx: Option<u32>, quantize: Option<&str>| LoadOptions {
             ctx: ctx.or(spawn.load.ctx),
-            quantize: Some(quantize.to_owned()),
+            quantize: quantize.map(str::to_owned).or_else(|| spawn.load.quantize.clone()),
             ..spawn.load.clone()
         };
         let short = Some(spawn.load.ctx.unwrap_or(SHORT_CONTEXT).min(SHORT_CONTEXT));
         let mut fitting = Vec::new();
-        for load in [ways(None, "q8_0"), ways(None, "q4_k"), ways(short, "q4_k")] {
+        for load in [ways(None, Some("q8_0")), ways(None, Some("q4_k")), ways(short, Some("q4_k")), ways(short, None)] {
             // What cannot be inspected is not proposed.
             if load != spawn.load
-                && let Ok(needed) = self.needed(&spawn.model, &load).await
+                && let Ok(needed) = self.needed(device, &spawn.model, &load).await
                 && let Some(Granted { reserved: needed, .. }) = needed.granted(free)
             {
                 fitting.push((load, needed));
             }
         }
         let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-        let message = format!("{device} has {} MiB free and the load needs at least {} MiB", free >> 20, mib(needed));
+        let message =
+            format!("{} has {} MiB free and the load needs at least {} MiB", device.id, free >> 20, mib(needed));
         let hint = match fitting.first() {
             Some((load, needed)) => {
                 let quantize = load.quantize.as_ref().map(|form| format!("--quantize {form}"));

@@ -31,6 +31,9 @@ pub struct Device {
     pub memory_total: u64,
     /// Bytes of memory free now.
     pub memory_free: u64,
+    /// A GPU's own id, which does not hang on the order of the devices.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<String>,
     /// As `9.0`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub compute_capability: Option<String>,

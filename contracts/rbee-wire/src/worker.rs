@@ -252,6 +252,9 @@ pub struct WorkerCharge {
     pub model: ModelRef,
     /// The device.
     pub device: DeviceId,
+    /// A GPU's own id: where it is given, the device's number is not looked at.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device_uuid: Option<String>,
     /// How the model is loaded.
     #[serde(flatten)]
     pub load: LoadOptions,

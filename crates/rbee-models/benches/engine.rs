@@ -5,9 +5,9 @@
 
 #![expect(clippy::unwrap_used, reason = "a bench that cannot measure ends")]
 
-use std::fs;
-use std::io::{BufWriter, Write};
-use std::path::Path;
+#[path = "support/random_model.rs"]
+mod random_model;
+
 use std::time::{Duration, Instant};
 
 use rbee_engine::runner::{BlockId, Chunk, Logits, ModelRunner, Regime, StepBatch, Wanted};
@@ -16,18 +16,13 @@ use rbee_engine::{
     TokenId,
 };
 use rbee_models::{CandleRunner, ModelFiles, RunnerOptions, load};
-use serde_json::{Map, Value, json};
 
-/// Sizes of a model: hidden, layers, heads, KV heads, MLP, vocabulary.
-struct Shape {
-    name: &'static str,
-    sizes: [usize; 6],
-}
+use random_model::{Shape, median, write_model};
 
 const SHAPES: [Shape; 3] = [
-    Shape { name: "135m", sizes: [576, 30, 9, 3, 1536, 49152] },
-    Shape { name: "360m", sizes: [960, 32, 15, 5, 2560, 49152] },
-    Shape { name: "1.1b", sizes: [2048, 22, 32, 4, 5632, 32000] },
+    Shape { name: "135m", sizes: [576, 30, 9, 3, 64, 1536, 49152], tied: true },
+    Shape { name: "360m", sizes: [960, 32, 15, 5, 64, 2560, 49152], tied: true },
+    Shape { name: "1.1b", sizes: [2048, 22, 32, 4, 64, 5632, 32000], tied: true },
 ];
 
 const BLOCK: usize = 16;
@@ -40,64 +35,6 @@ const CONTEXTS: [usize; 4] = [128, 512, 2048, 8192];
 
 /// Tokens of one prompt in one step, as the worker has it.
 const PREFILL_CHUNK: usize = 256;
-
-/// A llama of this shape in bf16.
-fn write_model(folder: &Path, shape: &Shape) {
-    let [hidden, layers, heads, kv_heads, mlp, vocab] = shape.sizes;
-    let config = json!({
-        "model_type": "llama", "hidden_size": hidden, "intermediate_size": mlp, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "head_dim": 64, "vocab_size": vocab,
-        "max_position_embeddings": 8448, "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": true,
-        "hidden_act": "silu",
-    });
-    fs::write(folder.join("config.json"), config.to_string()).unwrap();
-    let mut tensors = vec![("model.embed_tokens".to_owned(), vec![vocab, hidden])];
-    for i in 0..layers {
-        let mut add = |part: &str, shape: &[usize]| tensors.push((format!("model.layers.{i}.{part}"), shape.to_vec()));
-        add("input_layernorm", &[hidden]);
-        add("post_attention_layernorm", &[hidden]);
-        add("self_attn.q_proj", &[heads * 64, hidden]);
-        add("self_attn.k_proj", &[kv_heads * 64, hidden]);
-        add("self_attn.v_proj", &[kv_heads * 64, hidden]);
-        add("self_attn.o_proj", &[hidden, heads * 64]);
-        add("mlp.gate_proj", &[mlp, hidden]);
-        add("mlp.up_proj", &[mlp, hidden]);
-        add("mlp.down_proj", &[hidden, mlp]);
-    }
-    tensors.push(("model.norm".to_owned(), vec![hidden]));
-    let mut header = Map::new();
-    let mut end = 0;
-    for (name, shape) in &tensors {
-        let start = end;
-        end += 2 * shape.iter().product::<usize>();
-        header
-            .insert(format!("{name}.weight"), json!({ "dtype": "BF16", "shape": shape, "data_offsets": [start, end] }));
-    }
-    let header = Value::Object(header).to_string();
-    let mut file = BufWriter::new(fs::File::create(folder.join("model.safetensors")).unwrap());
-    file.write_all(&(header.len() as u64).to_le_bytes()).unwrap();
-    file.write_all(header.as_bytes()).unwrap();
-    // Values around 0.02, as trained weights have them.
-    let mut state = 1u64;
-    let noise: Vec<u8> = (0..1 << 20)
-        .flat_map(|_| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-            (0x3c00u16 | (state >> 48) as u16 & 0x80ff).to_le_bytes()
-        })
-        .collect();
-    let mut left = end;
-    while left > 0 {
-        let part = &noise[..left.min(noise.len())];
-        file.write_all(part).unwrap();
-        left -= part.len();
-    }
-    file.flush().unwrap();
-}
-
-fn median(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
 
 fn step(runner: &mut CandleRunner, chunks: Vec<Chunk<'_>>) -> Duration {
     let mut logits = Logits::default();

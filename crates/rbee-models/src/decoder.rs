@@ -62,10 +62,10 @@ pub(crate) fn rows<'a>(chunks: &[Chunk<'a>]) -> Vec<Row<'a>> {
 }
 
 /// Cosines and sines of one rope by position, always f32: `positions * dims / 2` each.
-struct RopeTable {
-    cos: Vec<f32>,
-    sin: Vec<f32>,
-    half: usize,
+pub(crate) struct RopeTable {
+    pub(crate) cos: Vec<f32>,
+    pub(crate) sin: Vec<f32>,
+    pub(crate) half: usize,
 }
 
 impl RopeTable {
@@ -86,7 +86,7 @@ impl RopeTable {
 }
 
 /// A model's ropes: for each, the table of usual texts and that of long ones where it differs.
-pub(crate) struct Ropes(Vec<(RopeTable, Option<RopeTable>)>);
+pub(crate) struct Ropes(pub(crate) Vec<(RopeTable, Option<RopeTable>)>);
 
 impl Ropes {
     /// The tables of a model for so many positions.

@@ -37,6 +37,17 @@ pub enum Error {
         #[source]
         source: candle_core::Error,
     },
+    /// The device does not have so much memory free.
+    #[error("{need} bytes of GPU memory are needed and {free} are free")]
+    OutOfMemory {
+        /// Bytes that are needed.
+        need: u64,
+        /// Bytes that are free.
+        free: u64,
+    },
+    /// The device cannot be used.
+    #[error("{0}")]
+    Device(String),
     /// An option does not fit the model.
     #[error("{0}")]
     Option(String),

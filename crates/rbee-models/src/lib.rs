@@ -2,6 +2,7 @@
 //!
 //! [`files`] opens a model's folder and trusts nothing in it; [`arch`] says which tensors a model has; [`loader`] turns
 //! checked bytes into packed weights; [`decoder`] and [`mlp`] are the one parametric decoder; [`runner`] drives it over paged KV. Start with [`load`].
+//! With feature `cuda` the same plans become a decoder on an NVIDIA GPU, in `cuda`.
 //!
 //! Invariants
 //! - A row's logits depend on that row's tokens alone: not on the batch, the chunking, the threads or the KV blocks it
@@ -10,7 +11,10 @@
 
 pub mod files;
 
+mod about;
 mod arch;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod decoder;
 mod error;
 mod kv;
@@ -18,6 +22,9 @@ mod loader;
 mod mlp;
 mod runner;
 
+pub use about::About;
+#[cfg(feature = "cuda")]
+pub use cuda::{CudaRunner, Which, inspect_cuda, load_cuda};
 pub use error::Error;
 pub use files::ModelFiles;
 pub use kv::KvType;

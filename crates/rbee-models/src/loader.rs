@@ -66,7 +66,7 @@ impl FromStr for Quantize {
 pub(crate) struct Opened {
     pub(crate) config: ModelConfig,
     pub(crate) generation: GenerationDefaults,
-    plan: Plan,
+    pub(crate) plan: Plan,
     files: Vec<(String, WeightBytes)>,
     tensors: HashMap<String, Place>,
     quantize: Option<Quantize>,
@@ -164,7 +164,7 @@ pub fn inspect(files: &ModelFiles, options: &RunnerOptions) -> Result<Needs, Err
     let opened = open(files, options.quantize)?;
     let context = opened.context(options.context)?;
     let kv_type = opened.kv_type(options.kv_type);
-    Ok(opened.needs(context, opened.kv_blocks(context, options, kv_type)?, kv_type))
+    Ok(opened.needs(context, opened.kv_blocks(context, options, bytes_per_token(&opened.config, kv_type))?, kv_type))
 }
 
 impl Opened {
@@ -192,11 +192,11 @@ impl Opened {
     }
 
     /// Blocks of KV: a whole context for each slot, or what the bytes given for it hold.
-    pub(crate) fn kv_blocks(&self, context: usize, options: &RunnerOptions, kv_type: KvType) -> Result<usize, Error> {
+    pub(crate) fn kv_blocks(&self, context: usize, options: &RunnerOptions, per_token: u64) -> Result<usize, Error> {
         let one = context.div_ceil(BLOCK);
         let wanted = one.saturating_mul(options.slots);
         let Some(bytes) = options.kv_bytes else { return Ok(wanted) };
-        let block = bytes_per_token(&self.config, kv_type) * BLOCK as u64;
+        let block = per_token * BLOCK as u64;
         let given = usize::try_from(bytes / block.max(1)).unwrap_or(usize::MAX);
         if given < one {
             let problem = format!("{bytes} bytes of KV do not hold a context of {context} tokens");
@@ -227,12 +227,12 @@ impl Opened {
     }
 
     /// The bytes of a tensor of the plan, and their type.
-    fn tensor(&self, name: &str) -> (WeightType, &[u8]) {
+    pub(crate) fn tensor(&self, name: &str) -> (WeightType, &[u8]) {
         let place = self.place(name);
         (place.kind, &self.files[place.file].1[place.start..place.start + place.len])
     }
 
-    fn not_finite(&self, name: &str) -> Error {
+    pub(crate) fn not_finite(&self, name: &str) -> Error {
         let file = &self.files[self.place(name).file].0;
         FileError::corrupt(file, format!("tensor `{name}` holds values that are not numbers, or too large")).into()
     }
@@ -260,26 +260,36 @@ impl Opened {
     }
 
     /// A vector as f32.
-    fn vector(&self, name: &str) -> Result<Vec<f32>, Error> {
+    pub(crate) fn vector(&self, name: &str) -> Result<Vec<f32>, Error> {
         let (kind, bytes) = self.tensor(name);
         widen(kind, bytes).map_err(|_| self.not_finite(name))
     }
 
-    fn linear(&self, matrix: &Matrix, compute: &Compute) -> Result<Linear, Error> {
+    /// The biases of a matrix, if it has some.
+    pub(crate) fn bias(&self, matrix: &Matrix) -> Result<Option<Vec<f32>>, Error> {
         let mut bias = Vec::new();
         for (name, _) in matrix.biases() {
             bias.extend(self.vector(&name)?);
         }
-        let weights = Arc::new(self.packed(matrix, compute)?);
-        Ok(Linear { weights, bias: matrix.biased.then_some(bias), compute: compute.clone() })
+        Ok(matrix.biased.then_some(bias))
     }
 
-    fn norm(&self, plan: &NormPlan, compute: &Compute) -> Result<RmsNorm, Error> {
+    fn linear(&self, matrix: &Matrix, compute: &Compute) -> Result<Linear, Error> {
+        let (bias, weights) = (self.bias(matrix)?, Arc::new(self.packed(matrix, compute)?));
+        Ok(Linear { weights, bias, compute: compute.clone() })
+    }
+
+    /// A norm's weights as they are multiplied with.
+    pub(crate) fn norm_weights(&self, plan: &NormPlan) -> Result<Vec<f32>, Error> {
         let mut weight = self.vector(&plan.name)?;
         if self.config.norms.plus_one {
             weight.iter_mut().for_each(|weight| *weight += 1.0);
         }
-        Ok(RmsNorm { weight, eps: self.config.norms.eps, isa: compute.isa() })
+        Ok(weight)
+    }
+
+    fn norm(&self, plan: &NormPlan, compute: &Compute) -> Result<RmsNorm, Error> {
+        Ok(RmsNorm { weight: self.norm_weights(plan)?, eps: self.config.norms.eps, isa: compute.isa() })
     }
 
     fn mlp(&self, plan: &MlpPlan, config: Mlp, compute: &Compute) -> Result<MlpLayer, Error> {
@@ -310,7 +320,7 @@ impl Opened {
 
     /// All weights, packed. `each` is told the bytes done after each layer.
     pub(crate) fn decoder(&self, compute: &Compute, each: &dyn Fn(u64, u64)) -> Result<Decoder, Error> {
-        let total: u64 = self.files.iter().map(|(_, bytes)| bytes.len() as u64).sum();
+        let total = self.bytes();
         let mut layers = Vec::with_capacity(self.plan.layers.len());
         for (i, (plan, layer)) in self.plan.layers.iter().zip(&self.config.layers).enumerate() {
             let norm = |plan: &Option<NormPlan>| plan.as_ref().map(|plan| self.norm(plan, compute)).transpose();
@@ -338,6 +348,11 @@ impl Opened {
         each(total, total);
         let head = Linear { weights: head, bias: None, compute: compute.clone() };
         Ok(Decoder { embedding, layers, norm: self.norm(&self.plan.norm, compute)?, head })
+    }
+
+    /// Bytes of all files of weights.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.files.iter().map(|(_, bytes)| bytes.len() as u64).sum()
     }
 
     /// Digest of the weights: name, length and content of each file. Of a large file 4 KiB in every 64 KiB: whatever

@@ -9,14 +9,13 @@ use rbee_kernels::Isa;
 use rbee_kernels::attention::{BLOCK, PARTIAL};
 use rbee_kernels::candle::Compute;
 use rbee_kernels::kv_form::{KvForm, Q8Kv};
-use rbee_weights::config::{GenerationDefaults, ModelConfig};
-use rbee_weights::needs::Needs;
-use sha2::{Digest, Sha256};
+use rbee_weights::config::ModelConfig;
 
+use crate::about::{About, check, regime};
 use crate::decoder::{Decoder, Pass, Ropes, rows};
 use crate::error::Error;
 use crate::files::ModelFiles;
-use crate::kv::{KvStore, KvType};
+use crate::kv::{KvStore, KvType, bytes_per_token};
 use crate::loader::{self, Opened, Quantize};
 
 /// Rises with every change of the arithmetic: it is part of the numerics id.
@@ -53,10 +52,7 @@ pub struct CandleRunner {
     compute: Compute,
     kv: Kv,
     steps: StepCounter,
-    generation: GenerationDefaults,
-    needs: Needs,
-    digest: String,
-    numerics_id: String,
+    about: About,
 }
 
 /// KV of one of the types.
@@ -84,7 +80,7 @@ pub fn load(
     let opened: Opened = loader::open(files, options.quantize)?;
     let context = opened.context(options.context)?;
     let kv_type = opened.kv_type(options.kv_type);
-    let blocks = opened.kv_blocks(context, options, kv_type)?;
+    let blocks = opened.kv_blocks(context, options, bytes_per_token(&opened.config, kv_type))?;
     let needs = opened.needs(context, blocks, kv_type);
     let compute = Compute::new(options.threads.max(1), isa);
     let decoder = opened.decoder(&compute, progress)?;
@@ -96,14 +92,9 @@ pub fn load(
         KvType::Bf16 => Kv::Bf16(Mutex::new(KvStore::new(&config, blocks)?)),
         KvType::Q8_0 => Kv::Q8_0(Mutex::new(KvStore::new(&config, blocks)?)),
     };
-    // All instruction sets give the same bits, so none is part of the id. The config is: the same weights under another
-    // rope are another model.
-    let facts = format!(
-        "{NUMERICS} {} {digest} {config:?} f32 {:?} {kv_type:?} {PARTIAL}",
-        env!("CARGO_PKG_VERSION"),
-        options.quantize
-    );
-    let numerics_id = Sha256::digest(facts).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+    // All instruction sets give the same bits, so none is part of the id.
+    let numerics = format!("{NUMERICS} f32 {:?} {kv_type:?} {PARTIAL}", options.quantize);
+    let about = About::new(&config, generation, needs, digest, &numerics);
     Ok(CandleRunner {
         limits: ModelLimits { vocab: config.vocab, context, block_size: BLOCK, kv_blocks: blocks },
         ropes: Ropes::new(&config, context),
@@ -112,10 +103,7 @@ pub fn load(
         compute,
         kv,
         steps: steps.clone(),
-        generation,
-        needs,
-        digest,
-        numerics_id,
+        about,
     })
 }
 
@@ -130,24 +118,9 @@ fn isa(asked: Option<&str>) -> Result<Isa, Error> {
 }
 
 impl CandleRunner {
-    /// Sampling defaults and end tokens of the model's own files.
-    pub fn generation(&self) -> &GenerationDefaults {
-        &self.generation
-    }
-
-    /// Keys of the config that nothing here knows.
-    pub fn unknown_keys(&self) -> &[String] {
-        &self.config.unknown
-    }
-
-    /// Tokens that end a text: those of `generation_config.json`, else of `config.json`.
-    pub fn eos(&self) -> &[u32] {
-        if self.generation.eos.is_empty() { &self.config.eos } else { &self.generation.eos }
-    }
-
-    /// Bytes by the estimate.
-    pub fn needs(&self) -> &Needs {
-        &self.needs
+    /// What is known of the model.
+    pub fn about(&self) -> &About {
+        &self.about
     }
 
     /// Bytes of weights and of KV as they are in memory.
@@ -164,16 +137,6 @@ impl CandleRunner {
         (self.decoder.held(), kv)
     }
 
-    /// Digest of the weights.
-    pub fn digest(&self) -> &str {
-        &self.digest
-    }
-
-    /// Two runners of the same id give the same logits bit for bit.
-    pub fn numerics_id(&self) -> &str {
-        &self.numerics_id
-    }
-
     fn forward<F: KvForm>(&self, kv: &Mutex<KvStore<F>>, batch: &StepBatch<'_>) -> candle_core::Result<Tensor> {
         let rows = rows(&batch.chunks);
         let pass = Pass {
@@ -186,23 +149,6 @@ impl CandleRunner {
         };
         self.decoder.forward(&pass)
     }
-
-    /// Refuses a batch that would read or write outside what there is: the engine never makes one.
-    fn check(&self, batch: &StepBatch<'_>) -> Result<(), RunnerError> {
-        let ModelLimits { vocab, context, block_size, kv_blocks } = self.limits;
-        for chunk in &batch.chunks {
-            let end = chunk.start.saturating_add(chunk.tokens.len());
-            let sound = !chunk.tokens.is_empty()
-                && end <= context
-                && chunk.blocks.len() * block_size >= end
-                && chunk.blocks.iter().all(|block| (block.0 as usize) < kv_blocks)
-                && chunk.tokens.iter().all(|&token| (token as usize) < vocab);
-            if !sound {
-                return Err(RunnerError::Forward(format!("a chunk at {}..{end} is not sound", chunk.start)));
-            }
-        }
-        Ok(())
-    }
 }
 
 impl ModelRunner for CandleRunner {
@@ -211,14 +157,11 @@ impl ModelRunner for CandleRunner {
     }
 
     fn regime(&self, prompt: usize) -> Regime {
-        match self.config.regime_length() {
-            Some(length) if prompt > length => Regime::Long,
-            _ => Regime::Usual,
-        }
+        regime(&self.config, prompt)
     }
 
     fn step(&mut self, batch: &StepBatch<'_>, logits: &mut Logits) -> Result<(), RunnerError> {
-        self.check(batch)?;
+        check(&self.limits, batch)?;
         let failed = |error: candle_core::Error| RunnerError::Forward(error.to_string());
         let hidden = match &self.kv {
             Kv::F32(kv) => self.forward(kv, batch),

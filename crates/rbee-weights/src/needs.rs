@@ -50,8 +50,15 @@ pub fn needs(
     let logits = step_tokens.min(64) * 4 * config.vocab as u64;
     // A hostile config can ask for more than there are numbers for; it is refused for its size then.
     let scratch = [rope, rows, logits].into_iter().fold(PROCESS, u64::saturating_add);
-    let kv = kv_per_token.saturating_mul(positions.all);
-    let with = |kv: u64| weights.saturating_add(kv).saturating_add(scratch);
-    let least = with(kv_per_token.saturating_mul(positions.one).min(kv));
-    Needs { weights, kv_per_token, kv, scratch, total: with(kv), least, context }
+    Needs::of(weights, kv_per_token, context, positions, scratch)
+}
+
+impl Needs {
+    /// The sum of weights, KV of `kv_per_token` bytes for so many positions, and scratch.
+    pub fn of(weights: u64, kv_per_token: u64, context: u64, positions: Positions, scratch: u64) -> Self {
+        let kv = kv_per_token.saturating_mul(positions.all);
+        let with = |kv: u64| weights.saturating_add(kv).saturating_add(scratch);
+        let least = with(kv_per_token.saturating_mul(positions.one).min(kv));
+        Self { weights, kv_per_token, kv, scratch, total: with(kv), least, context }
+    }
 }

@@ -1,12 +1,12 @@
-//! The model itself, on the CPU.
+//! The model itself, on the CPU or on a GPU.
 
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use rbee_engine::{CallPart, OutputText, Piece, Pushed, StepCounter, TokenId};
-use rbee_models::{Error, ModelFiles, Needs, RunnerOptions};
+use rbee_engine::{CallPart, ModelRunner, OutputText, Piece, Pushed, StepCounter, TokenId};
+use rbee_models::{About, Error, ModelFiles, Needs, RunnerOptions};
 use rbee_tokenizer::{
     AnswerForm, AnswerReader, Chat, ChatTemplate, Controls, Error as TextError, GenerationPrompt, Most, Specials,
     Start, StopMatcher, TextStream, Tokenizer, TokenizerConfig, message,
@@ -15,6 +15,8 @@ use rbee_wire::job::{Generation, Message};
 use rbee_wire::worker::{LoadOptions, LoadProgress, WorkerCharge, WorkerMemory};
 use rbee_wire::{ErrorBody, ErrorCode, ModelRef};
 use serde_json::{Value, json};
+
+use crate::args::Backend;
 
 use super::{Answer, DEFAULT_SLOTS, Encoded, Facts, Parts, SamplingDefaults, TextSide};
 
@@ -59,6 +61,11 @@ fn files_error(model: &ModelRef, error: &Error) -> ErrorBody {
         Error::Read { .. } => {
             ErrorBody::new(ErrorCode::ModelLoadFailed, message).with_hint("check the folder's permissions")
         }
+        Error::OutOfMemory { need, free } => ErrorBody::new(ErrorCode::InsufficientMemory, message)
+            .with_hint("free GPU memory (`nvidia-smi` shows who has it), or ask for a shorter --ctx or fewer --slots")
+            .with_details(json!({ "needed": need, "free": free })),
+        Error::Device(_) => ErrorBody::new(ErrorCode::DeviceUnavailable, message)
+            .with_hint("`nvidia-smi` shows the GPUs and their driver; --device cpu needs neither"),
         Error::Option(_) => ErrorBody::new(ErrorCode::InvalidRequest, message),
     }
 }
@@ -88,13 +95,60 @@ fn options(load: &LoadOptions, kv_bytes: Option<u64>) -> Result<RunnerOptions, E
     })
 }
 
+/// Where a model computes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Computes {
+    /// On the CPU.
+    OnCpu,
+    /// On an NVIDIA GPU.
+    #[cfg(feature = "cuda")]
+    OnGpu,
+}
+
+impl Computes {
+    fn inspect(self, files: &ModelFiles, options: &RunnerOptions) -> Result<Needs, Error> {
+        match self {
+            Self::OnCpu => rbee_models::inspect(files, options),
+            #[cfg(feature = "cuda")]
+            Self::OnGpu => rbee_models::inspect_cuda(files, options),
+        }
+    }
+
+    /// Refuses a device that is not computed on, and options that mean nothing there.
+    #[cfg_attr(not(feature = "cuda"), expect(unused_variables, reason = "every option means something on the CPU"))]
+    fn check(self, device: &str, load: &LoadOptions) -> Result<(), ErrorBody> {
+        match self {
+            Self::OnCpu if device == "cpu" => Ok(()),
+            Self::OnCpu => Err(ErrorBody::new(ErrorCode::DeviceUnavailable, "this worker computes on the CPU only")
+                .with_hint("a worker for NVIDIA GPUs is a program of its own, llm-worker-rbee-cuda; use --device cpu")),
+            #[cfg(feature = "cuda")]
+            Self::OnGpu if !device.starts_with("cuda:") => {
+                Err(ErrorBody::new(ErrorCode::DeviceUnavailable, "this worker computes on NVIDIA GPUs only")
+                    .with_hint("llm-worker-rbee computes on the CPU; use --device cuda:0"))
+            }
+            #[cfg(feature = "cuda")]
+            Self::OnGpu if load.threads.is_some() => Err(ErrorBody::new(
+                ErrorCode::InvalidRequest,
+                "compute threads are for the CPU; a GPU has none to choose",
+            )),
+            #[cfg(feature = "cuda")]
+            Self::OnGpu => Ok(()),
+        }
+    }
+}
+
 /// What a model needs in memory, without loading it.
 ///
 /// # Errors
 /// When its files cannot be used.
-pub fn inspect(model: &ModelRef, load: &LoadOptions) -> Result<Needs, ErrorBody> {
+pub fn inspect(backend: Backend, model: &ModelRef, load: &LoadOptions) -> Result<Needs, ErrorBody> {
+    let computes = match backend {
+        #[cfg(feature = "cuda")]
+        Backend::Cuda => Computes::OnGpu,
+        Backend::Cpu | Backend::Sim => Computes::OnCpu,
+    };
     let (files, options) = (files(model)?, options(load, None)?);
-    crate::memory::bounded(parse_bound(model, &files)?, || rbee_models::inspect(&files, &options))
+    crate::memory::bounded(parse_bound(model, &files)?, || computes.inspect(&files, &options))
         .map_err(|error| files_error(model, &error))
 }
 
@@ -133,11 +187,16 @@ fn parse_bound(model: &ModelRef, files: &ModelFiles) -> Result<u64, ErrorBody> {
 }
 
 /// Reads and checks everything but the weights' values.
-fn parse(model: &ModelRef, files: &ModelFiles, options: &RunnerOptions) -> Result<Parsed, ErrorBody> {
+fn parse(
+    computes: Computes,
+    model: &ModelRef,
+    files: &ModelFiles,
+    options: &RunnerOptions,
+) -> Result<Parsed, ErrorBody> {
     let failed = |error: Error| files_error(model, &error);
     let text = |error: TextError| text_error(model, &error);
     let tokenizer_bytes = files.required("tokenizer.json").map_err(failed)?;
-    rbee_models::inspect(files, options).map_err(failed)?;
+    computes.inspect(files, options).map_err(failed)?;
     let config = match files.small("tokenizer_config.json").map_err(failed)? {
         Some(bytes) => TokenizerConfig::from_json(&bytes).map_err(text)?,
         None => TokenizerConfig::default(),
@@ -149,51 +208,69 @@ fn parse(model: &ModelRef, files: &ModelFiles, options: &RunnerOptions) -> Resul
 }
 
 pub(super) fn load(
+    computes: Computes,
     charge: &WorkerCharge,
     steps: &StepCounter,
     progress: &dyn Fn(LoadProgress),
 ) -> Result<Parts, ErrorBody> {
-    if charge.device.as_str() != "cpu" {
-        return Err(crate::charge::no_cuda());
-    }
+    computes.check(charge.device.as_str(), &charge.load)?;
     let model = &charge.model;
     let files = files(model)?;
     let options = options(&charge.load, charge.kv_bytes)?;
     let failed = |error: Error| files_error(model, &error);
     // All that is parsed comes first, within bounds: a folder that is not a model's is refused before gigabytes are read.
-    let parsed = crate::memory::bounded(parse_bound(model, &files)?, || parse(model, &files, &options))?;
-    let runner = rbee_models::load(&files, &options, steps, &|done, total| {
-        progress(LoadProgress { stage: "load".into(), done, total, unit: "bytes".into() });
-    })
-    .map_err(failed)?;
-    if !runner.unknown_keys().is_empty() {
-        let keys = runner.unknown_keys().join(", ");
+    let parsed = crate::memory::bounded(parse_bound(model, &files)?, || parse(computes, model, &files, &options))?;
+    let each = |done, total| progress(LoadProgress { stage: "load".into(), done, total, unit: "bytes".into() });
+    let (runner, about, taken): (Box<dyn ModelRunner>, About, u64) = match computes {
+        Computes::OnCpu => {
+            let runner = rbee_models::load(&files, &options, steps, &each).map_err(failed)?;
+            let about = runner.about().clone();
+            (Box::new(runner), about, 0)
+        }
+        #[cfg(feature = "cuda")]
+        Computes::OnGpu => {
+            let runner = rbee_models::load_cuda(&files, &gpu(charge), &options, steps, &each).map_err(failed)?;
+            tracing::info!(device = %charge.device, name = runner.device(), bytes = runner.taken(), "on the GPU");
+            let (about, taken) = (runner.about().clone(), runner.taken());
+            (Box::new(runner), about, taken)
+        }
+    };
+    if !about.unknown_keys.is_empty() {
+        let keys = about.unknown_keys.join(", ");
         tracing::warn!(%model, keys, "config.json has keys that this build does not know; they are left out");
     }
     let text = |error: TextError| text_error(model, &error);
     let Parsed { tokenizer, template } = parsed;
-    let eos = runner.eos().to_vec();
+    let eos = about.eos;
     let tokenizer = tokenizer.with_control_ids(&eos).map_err(text)?;
-    let limits = rbee_engine::ModelRunner::limits(&runner);
+    let limits = runner.limits();
     tokenizer.check_fits(limits.vocab).map_err(text)?;
     let tokenizer = tokenizer.with_context(limits.context);
     let template = template.map(|template| (AnswerForm::of(&template, &tokenizer), template));
-    let generation = runner.generation();
+    let generation = about.generation;
     let defaults = SamplingDefaults {
         temperature: generation.temperature,
         top_p: generation.top_p,
         top_k: generation.top_k,
         repetition_penalty: generation.repetition_penalty,
     };
-    let needs = *runner.needs();
+    let needs = about.needs;
     let facts = Facts {
-        memory: WorkerMemory { weights: needs.weights, kv: needs.kv, total: 0 },
-        numerics_id: Some(runner.numerics_id().to_owned()),
-        fingerprint: Some(runner.digest().to_owned()),
+        memory: WorkerMemory { weights: needs.weights, kv: needs.kv, total: taken },
+        numerics_id: Some(about.numerics_id),
+        fingerprint: Some(about.digest),
         row_invariant: true,
     };
     let side = ModelText { tokenizer, template, eos, defaults };
-    Ok(Parts { runner: Box::new(runner), text: Box::new(side), facts })
+    Ok(Parts { runner, text: Box::new(side), facts })
+}
+
+/// The GPU that a charge means.
+#[cfg(feature = "cuda")]
+fn gpu(charge: &WorkerCharge) -> rbee_models::Which {
+    use rbee_models::Which;
+    let number = || charge.device.as_str().strip_prefix("cuda:").and_then(|number| number.parse().ok()).unwrap_or(0);
+    charge.device_uuid.clone().map_or_else(|| Which::Number(number()), Which::Uuid)
 }
 
 struct ModelText {

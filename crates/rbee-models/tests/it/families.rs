@@ -12,14 +12,14 @@ use crate::reference::{TOLERANCE, fixtures};
 use crate::support::{argmax, blocks, followed, logits, runner, tinybee, with_kv};
 
 #[derive(Deserialize)]
-struct Golden {
-    cases: Vec<Case>,
+pub struct Golden {
+    pub cases: Vec<Case>,
 }
 
 #[derive(Deserialize)]
-struct Case {
-    prompt: Vec<u32>,
-    greedy: Vec<u32>,
+pub struct Case {
+    pub prompt: Vec<u32>,
+    pub greedy: Vec<u32>,
     /// Leading greedy tokens before the reference's two best come closer than 1e-3.
     clear: usize,
     /// After the prompt.
@@ -36,9 +36,14 @@ pub fn all() -> Vec<PathBuf> {
     folders
 }
 
+/// What transformers says of a fixture.
+pub fn golden(fixture: &Path) -> Golden {
+    serde_json::from_slice(&fs::read(fixture.join("golden.json")).unwrap()).unwrap()
+}
+
 /// The largest error of any logit, and how many of the clear tokens are wrong.
 fn compare(model: &Path, fixture: &Path) -> (f32, usize) {
-    let golden: Golden = serde_json::from_slice(&fs::read(fixture.join("golden.json")).unwrap()).unwrap();
+    let golden = golden(fixture);
     let mut runner = runner(model, &RunnerOptions { threads: 2, slots: 1, ..with_kv(KvType::F32) });
     let (mut worst, mut wrong) = (0f32, 0);
     for case in &golden.cases {
@@ -65,7 +70,7 @@ fn every_architecture_agrees_with_the_reference() {
 #[test]
 fn rows_of_every_architecture_depend_on_their_own_text_alone() {
     for fixture in all() {
-        let golden: Golden = serde_json::from_slice(&fs::read(fixture.join("golden.json")).unwrap()).unwrap();
+        let golden = golden(&fixture);
         let tokens: Vec<u32> = golden.cases[1].prompt.iter().chain(&golden.cases[1].greedy).copied().collect();
         for (kv, quantize) in [
             (KvType::F32, None),
@@ -105,7 +110,7 @@ fn the_bytes_needed_are_those_taken() {
 }
 
 /// The fixture's folder with a changed config, and the tensors that `blank` names set to ones.
-fn changed(fixture: &Path, change: &Value, blank: Option<&str>) -> tempfile::TempDir {
+pub fn changed(fixture: &Path, change: &Value, blank: Option<&str>) -> tempfile::TempDir {
     let folder = tempfile::tempdir().unwrap();
     for file in fs::read_dir(fixture).unwrap().map(|entry| entry.unwrap().path()) {
         fs::copy(&file, folder.path().join(file.file_name().unwrap())).unwrap();

@@ -19,7 +19,7 @@ fn fewer_bits_change_little_and_change_the_numerics_id() {
     let exact = RunnerOptions { kv_type: Some(KvType::F32), ..options() };
     let mut reference = runner(&tinybee(), &exact);
     let want = followed(&mut reference, prompt, following);
-    let mut ids = vec![reference.numerics_id().to_owned()];
+    let mut ids = vec![reference.about().numerics_id.to_owned()];
     for (what, options, most) in [
         ("weights", RunnerOptions { quantize: Some(Quantize::Q8_0), ..exact.clone() }, 0.02),
         ("KV", RunnerOptions { kv_type: Some(KvType::Q8_0), ..exact.clone() }, 0.02),
@@ -29,7 +29,7 @@ fn fewer_bits_change_little_and_change_the_numerics_id() {
         let mut runner = runner(&tinybee(), &options);
         let off = error(&followed(&mut runner, prompt, following), &want);
         assert!(off > 1e-4 && off < most, "{what}: {off}");
-        assert!(!ids.contains(&runner.numerics_id().to_owned()), "{what}");
-        ids.push(runner.numerics_id().to_owned());
+        assert!(!ids.contains(&runner.about().numerics_id.to_owned()), "{what}");
+        ids.push(runner.about().numerics_id.to_owned());
     }
 }

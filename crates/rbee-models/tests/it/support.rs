@@ -8,7 +8,9 @@ use rbee_models::{CandleRunner, KvType, ModelFiles, RunnerOptions, load};
 
 /// The repository's own model.
 pub fn tinybee() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tinybee/model")
+    let beside = || Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tinybee/model");
+    // Elsewhere where the test program has been carried to another machine.
+    std::env::var_os("RBEE_FIXTURES").map_or_else(beside, |folder| Path::new(&folder).join("tinybee"))
 }
 
 pub fn options() -> RunnerOptions {
@@ -29,7 +31,7 @@ pub fn blocks(first: u32, stride: u32, positions: usize) -> Vec<BlockId> {
 }
 
 /// The last row's logits after computing `tokens` in chunks of these lengths (the rest in one).
-pub fn logits(runner: &mut CandleRunner, tokens: &[u32], cuts: &[usize], blocks: &[BlockId]) -> Vec<f32> {
+pub fn logits(runner: &mut impl ModelRunner, tokens: &[u32], cuts: &[usize], blocks: &[BlockId]) -> Vec<f32> {
     let mut out = Logits::default();
     let mut start = 0;
     let mut cuts = cuts.iter().copied();
@@ -55,7 +57,7 @@ pub fn argmax(row: &[f32]) -> u32 {
 }
 
 /// The logits after a prompt's last token and after each of the tokens that follow it but the last, one step each.
-pub fn followed(runner: &mut CandleRunner, prompt: &[u32], following: &[u32]) -> Vec<Vec<f32>> {
+pub fn followed(runner: &mut impl ModelRunner, prompt: &[u32], following: &[u32]) -> Vec<Vec<f32>> {
     let blocks = blocks(0, 1, prompt.len() + following.len());
     let regime = runner.regime(prompt.len());
     let tokens: Vec<u32> = prompt.iter().chain(following).copied().collect();
@@ -83,7 +85,7 @@ pub fn greedy(runner: &mut CandleRunner, prompt: &[u32], n: usize) -> Vec<u32> {
         start = tokens.len();
         let next = argmax(out.row(0));
         tokens.push(next);
-        if runner.eos().contains(&next) {
+        if runner.about().eos.contains(&next) {
             break;
         }
     }

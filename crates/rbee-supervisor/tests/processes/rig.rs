@@ -103,6 +103,7 @@ fn spec(program: PathBuf, args: Vec<String>) -> SpawnSpec {
             queen_token: None,
             model: ModelRef::Tinybee,
             device: DeviceId::new("cpu").unwrap(),
+            device_uuid: None,
             load: LoadOptions::default(),
             kv_bytes: None,
         }
