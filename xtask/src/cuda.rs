@@ -73,8 +73,8 @@ fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Compiles the kernels, lints all that uses them and runs its tests, which say what they skip where there is no GPU, and sees
-/// the worker say what is missing there.
+/// Compiles the kernels, lints all that uses them and runs the kernels' tests, which say what they skip where there is no GPU,
+/// and sees the worker say what is missing there. The decoder's tests are in [`pack`]: without a GPU there is little to them.
 ///
 /// # Errors
 /// When any of it fails.
@@ -83,15 +83,27 @@ pub fn check(root: &Path) -> Result<()> {
     let crates = ["--exclude", "rbee-e2e", "--exclude", "xtask", "--exclude", "rbee-fuzz"];
     run(cargo(root, &home, &["clippy"]).args(crates).args(["--all-targets", "--", "-D", "warnings"]))?;
     run(cargo(root, &home, &["test"]).args(["--test", "parity", "--test", "attention", "--", "--nocapture"]))?;
-    run(cargo(root, &home, &["test"]).args(["--test", "it", "cuda::", "--", "--nocapture"]))?;
     let worker = build(root)?;
+    says(&worker, &["inspect", "tinybee"], 0, "weights")?;
+    says(&worker, &["inspect", "tinybee", "--quantize", "q8_0"], 1, "kept in bf16")?;
+    says(&worker, &["inspect", "tinybee", "--kv-type", "f32"], 1, "on a GPU it is bf16")?;
+    says(&worker, &["--device", "cpu"], 3, "computes on NVIDIA GPUs only")?;
     if Path::new("/dev/nvidiactl").exists() {
         return Ok(());
     }
-    let output = Command::new(&worker).args(["--bind", "127.0.0.1:0"]).output().context("the worker")?;
-    let said = String::from_utf8_lossy(&output.stderr);
-    if output.status.code() == Some(0) || !said.contains("no NVIDIA driver") {
-        bail!("without a driver the worker ends with {:?} and says: {said}", output.status.code());
+    says(&worker, &[], 3, "no NVIDIA driver")
+}
+
+/// Runs the worker and compares its exit code, and some words of what it says.
+fn says(worker: &Path, args: &[&str], code: i32, words: &str) -> Result<()> {
+    let output = Command::new(worker).args(args).output().context("the worker")?;
+    let said = [output.stdout, output.stderr].map(|text| String::from_utf8_lossy(&text).into_owned()).concat();
+    if output.status.code() != Some(code) || !said.contains(words) {
+        bail!(
+            "llm-worker-rbee-cuda {} ends with {:?}, not {code}, and says: {said}",
+            args.join(" "),
+            output.status.code()
+        );
     }
     Ok(())
 }

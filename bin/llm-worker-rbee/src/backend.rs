@@ -28,7 +28,7 @@ const PREFILL_CHUNK: usize = 256;
 
 /// The same on a GPU, which needs more of them to be busy.
 #[cfg(feature = "cuda")]
-const GPU_PREFILL_CHUNK: usize = 512;
+const GPU_PREFILL_CHUNK: usize = 1024;
 
 /// What the heartbeat says of a loaded model.
 #[derive(Clone, Debug, Default)]

@@ -53,7 +53,10 @@ template <int D>
 __device__ inline void attention(const bf16 *q, const bf16 *keys, const bf16 *values, const int *positions,
                                  const int *sequences, const int *tables, int width, const int *tiles, int row0, float *sums,
                                  float *scales, int heads, int kv_heads, int partials, int window, float scale, float cap) {
-    __shared__ float all[16][D], high[WARPS][16], total[WARPS][16];
+    // The columns that all warps' sums are brought together of at a time. Rows are a quarter of the banks apart, so that no lane
+    // waits for another when they are written.
+    constexpr int COLUMNS = D < 64 ? D : D % 64 ? 32 : 64;
+    __shared__ float all[WARPS][16][COLUMNS + 8], high[WARPS][16], total[WARPS][16], part[WARPS][16];
     let_next_come();
     after_work_before();
     const int head = blockIdx.x % kv_heads, partial = blockIdx.x / kv_heads, group = heads / kv_heads;
@@ -143,28 +146,35 @@ __device__ inline void attention(const bf16 *q, const bf16 *keys, const bf16 *va
         }
     }
     __syncthreads();
-    float most[2] = {NONE, NONE}, part[2];
-    for (int r = 0; r < 2; r++) {
-        for (int w = 0; w < WARPS; w++) most[r] = fmaxf(most[r], high[w][g + 8 * r]);
-        part[r] = m[r] == NONE ? 0 : expf(m[r] - most[r]);
+    const auto place = [&](int slot) {
+        return ((size_t)(row - row0 + slot / group) * heads + head * group + slot % group) * partials + partial;
+    };
+    // How much of each warp's sums counts, beside the greatest score of all.
+    if (threadIdx.x < 16 * WARPS) {
+        const int w = threadIdx.x / 16, slot = threadIdx.x % 16;
+        float most = NONE;
+        for (int v = 0; v < WARPS; v++) most = fmaxf(most, high[v][slot]);
+        part[w][slot] = high[w][slot] == NONE ? 0 : expf(high[w][slot] - most);
     }
-    for (int w = 0; w < WARPS; w++) {
-        if (warp == w) {
+    for (int column0 = 0; column0 < D; column0 += COLUMNS) {
+        __syncthreads();
 #pragma unroll
-            for (int i = 0; i < D / 8; i++) {
-#pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    float &sum = all[g + e / 2 * 8][8 * i + 2 * t + e % 2];
-                    sum = w == 0 ? o[i][e] * part[e / 2] : fmaf(o[i][e], part[e / 2], sum);
+        for (int i = 0; i < D / 8; i++) {
+            if (8 * i / COLUMNS * COLUMNS == column0) {
+                for (int r = 0; r < 2; r++) {
+                    *(float2 *)&all[warp][g + 8 * r][8 * i % COLUMNS + 2 * t] = make_float2(o[i][2 * r], o[i][2 * r + 1]);
                 }
             }
         }
         __syncthreads();
+        for (int at = threadIdx.x; at < used * COLUMNS; at += 32 * WARPS) {
+            const int slot = at / COLUMNS, column = at % COLUMNS;
+            float sum = all[0][slot][column] * part[0][slot];
+#pragma unroll
+            for (int w = 1; w < WARPS; w++) sum = fmaf(all[w][slot][column], part[w][slot], sum);
+            sums[place(slot) * D + column0 + column] = sum;
+        }
     }
-    const auto place = [&](int slot) {
-        return ((size_t)(row - row0 + slot / group) * heads + head * group + slot % group) * partials + partial;
-    };
-    for (int at = threadIdx.x; at < used * D; at += 32 * WARPS) sums[place(at / D) * D + at % D] = all[at / D][at % D];
     if (threadIdx.x < used) {
         const int slot = threadIdx.x;
         float most = NONE, sum = 0;

@@ -22,7 +22,9 @@ template <int NT, int MT, int AHEAD>
 __device__ inline void linear(const bf16 *x, const bf16 *__restrict__ w, const float *__restrict__ bias, float *out, int row0,
                               int rows, int n, int k, int add, float scale) {
     constexpr int OUTPUTS = 16 * MT, ROWS = 8 * NT;
-    __shared__ float sums[OUTPUTS * ROWS];
+    // Rows do not begin in the same bank, so that fewer lanes wait for each other when they write.
+    constexpr int WIDTH = OUTPUTS + 4;
+    __shared__ float sums[WARPS][ROWS * WIDTH];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     const int first = blockIdx.x * OUTPUTS;
     const bf16 *a[2 * MT], *b[NT];
@@ -73,45 +75,44 @@ __device__ inline void linear(const bf16 *x, const bf16 *__restrict__ w, const f
             for (int i = 0; i < 2 * MT; i++) now[u][i] = next[u][i];
         }
     }
-    for (int p = 0; p < WARPS; p++) {
-        if (warp == p) {
 #pragma unroll
-            for (int i = 0; i < MT; i++) {
+    for (int i = 0; i < MT; i++) {
 #pragma unroll
-                for (int j = 0; j < NT; j++) {
+        for (int j = 0; j < NT; j++) {
 #pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        const int output = 16 * i + g + e / 2 * 8, row = 8 * j + 2 * t + e % 2;
-                        float &sum = sums[row * OUTPUTS + output];
-                        sum = p == 0 ? d[i][j][e] : sum + d[i][j][e];
-                    }
-                }
+            for (int e = 0; e < 4; e++) {
+                sums[warp][(8 * j + 2 * t + e % 2) * WIDTH + 16 * i + g + e / 2 * 8] = d[i][j][e];
             }
         }
-        __syncthreads();
     }
+    __syncthreads();
     for (int at = threadIdx.x; at < OUTPUTS * ROWS; at += 32 * WARPS) {
         const int output = first + at % OUTPUTS, row = row0 + at / OUTPUTS;
         if (output < n && row < rows) {
+            const int place = at / OUTPUTS * WIDTH + at % OUTPUTS;
+            float value = sums[0][place];
+#pragma unroll
+            for (int p = 1; p < WARPS; p++) value += sums[p][place];
+            if (bias) value += bias[output];
             float *to = out + (size_t)row * n + output;
-            const float value = bias ? sums[at] + bias[output] : sums[at];
             *to = add ? fmaf(value, scale, *to) : value;
         }
     }
 }
 
-#define LINEAR(NAME, NT, MT, AHEAD)                                                                                        \
-    extern "C" __global__ void __launch_bounds__(32 * WARPS)                                                                \
+#define LINEAR(NAME, NT, MT, AHEAD, BLOCKS)                                                                                \
+    extern "C" __global__ void __launch_bounds__(32 * WARPS, BLOCKS)                                                        \
         NAME(const bf16 *x, const bf16 *w, const float *bias, float *out, int rows, int n, int k, int add, float scale) {   \
         let_next_come();                                                                                                    \
         linear<NT, MT, AHEAD>(x, w, bias, out, blockIdx.y * 8 * NT, rows, n, k, add, scale);                                \
     }
 
-// How far ahead the weights are read, and how many outputs a warp has, was chosen by the bench on an H200.
-LINEAR(linear_8, 1, 1, 1)
-LINEAR(linear_16, 2, 1, 1)
-LINEAR(linear_32, 4, 2, 4)
-LINEAR(linear_64, 8, 1, 1)
+// How far ahead the weights are read, how many outputs a warp has and how many blocks share the registers was chosen by trial
+// on an H200.
+LINEAR(linear_8, 1, 1, 2, 3)
+LINEAR(linear_16, 2, 1, 2, 3)
+LINEAR(linear_32, 4, 2, 1, 2)
+LINEAR(linear_64, 8, 1, 1, 2)
 
 // 16 bytes on their way into shared memory; zeros where there are none.
 __device__ inline void fetch(uint4 *to, const bf16 *from, bool there) {
@@ -123,26 +124,31 @@ __device__ inline void fetch(uint4 *to, const bf16 *from, bool there) {
 // steps of one warp there follow each other here, and each of the eight sums is added when it is complete.
 //
 // WO x WR warps have 16 * MT outputs of 8 * NT rows each. A step's inputs of an output or a row lie together, in the order in
-// which lanes read them: 8 lanes read 128 neighbouring bytes at once.
-template <int WO, int WR, int MT, int NT>
+// which lanes read them: 8 lanes read 128 neighbouring bytes at once. With FAR the complete sums lie in shared memory, and the
+// registers they leave free hold more rows.
+extern __shared__ uint4 pool[];
+
+constexpr int STAGES = 3, PARTS = STEP / 8;
+
+template <int WO, int WR, int MT, int NT, bool FAR>
 __device__ inline void linear_tile(const bf16 *x, const bf16 *__restrict__ w, const float *__restrict__ bias, float *out, int rows,
                                    int n, int k, int add, float scale) {
-    constexpr int OUTPUTS = 16 * MT * WO, ROWS = 8 * NT * WR, THREADS = 32 * WO * WR, STAGES = 3, PARTS = STEP / 8;
-    __shared__ uint4 a[STAGES][OUTPUTS * PARTS], b[STAGES][ROWS * PARTS];
+    constexpr int OUTPUTS = 16 * MT * WO, ROWS = 8 * NT * WR, THREADS = 32 * WO * WR, STAGE = (OUTPUTS + ROWS) * PARTS;
+    float4 *far = (float4 *)(pool + STAGES * STAGE) + threadIdx.x;
     let_next_come();
     after_work_before();
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     // Neighbouring blocks have the same outputs, whose weights one of them brings near for all.
     const int row0 = blockIdx.x * ROWS, first = blockIdx.y * OUTPUTS, steps = k / STEP;
-    const auto load = [&](int stage, int s) {
+    const auto load = [&](uint4 *to, int s) {
 #pragma unroll
         for (int c = threadIdx.x; c < OUTPUTS * PARTS; c += THREADS) {
-            fetch(&a[stage][c], w + (size_t)min(first + c / PARTS, n - 1) * k + s * STEP + c % PARTS * 8, true);
+            fetch(to + c, w + (size_t)min(first + c / PARTS, n - 1) * k + s * STEP + c % PARTS * 8, true);
         }
 #pragma unroll
         for (int c = threadIdx.x; c < ROWS * PARTS; c += THREADS) {
             const int row = row0 + c / PARTS;
-            fetch(&b[stage][c], x + (size_t)min(row, rows - 1) * k + s * STEP + c % PARTS * 8, row < rows);
+            fetch(to + OUTPUTS * PARTS + c, x + (size_t)min(row, rows - 1) * k + s * STEP + c % PARTS * 8, row < rows);
         }
     };
     // All steps of the first sum, then all of the second.
@@ -153,22 +159,22 @@ __device__ inline void linear_tile(const bf16 *x, const bf16 *__restrict__ w, co
     int load_sum = 0, load_step = 0, sum = 0, step = 0;
     for (int stage = 0; stage < STAGES - 1; stage++) {
         if (stage < steps) {
-            load(stage, load_step);
+            load(pool + stage * STAGE, load_step);
             next(load_sum, load_step);
         }
         asm volatile("cp.async.commit_group;");
     }
-    float d[MT][NT][4] = {}, total[MT][NT][4] = {};
+    float d[MT][NT][4] = {}, near[FAR ? 1 : MT][NT][4] = {};
     const int output = warp / WR * 16 * MT + g, row = warp % WR * 8 * NT + g;
     for (int it = 0; it < steps; it++) {
         asm volatile("cp.async.wait_group %0;" ::"n"(STAGES - 2));
         __syncthreads();
         if (it + STAGES - 1 < steps) {
-            load((it + STAGES - 1) % STAGES, load_step);
+            load(pool + (it + STAGES - 1) % STAGES * STAGE, load_step);
             next(load_sum, load_step);
         }
         asm volatile("cp.async.commit_group;");
-        const uint4 *weights = a[it % STAGES], *inputs = b[it % STAGES];
+        const uint4 *weights = pool + it % STAGES * STAGE, *inputs = weights + OUTPUTS * PARTS;
         uint4 v[NT];
 #pragma unroll
         for (int j = 0; j < NT; j++) v[j] = inputs[(row + 8 * j) * PARTS + t];
@@ -182,31 +188,35 @@ __device__ inline void linear_tile(const bf16 *x, const bf16 *__restrict__ w, co
         }
         const int before = sum;
         next(sum, step);
-        if (sum != before) {
+        if (sum == before) continue;
 #pragma unroll
-            for (int i = 0; i < MT; i++) {
+        for (int i = 0; i < MT; i++) {
 #pragma unroll
-                for (int j = 0; j < NT; j++) {
+            for (int j = 0; j < NT; j++) {
+                float *total = near[FAR ? 0 : i][j];
+                float4 *at = far + (i * NT + j) * THREADS;
+                if (FAR) *(float4 *)total = before == 0 ? make_float4(0, 0, 0, 0) : *at;
 #pragma unroll
-                    for (int e = 0; e < 4; e++) {
-                        total[i][j][e] += d[i][j][e];
-                        d[i][j][e] = 0;
-                    }
+                for (int e = 0; e < 4; e++) {
+                    total[e] += d[i][j][e];
+                    d[i][j][e] = 0;
                 }
+                if (FAR) *at = *(float4 *)total;
             }
         }
     }
 #pragma unroll
     for (int j = 0; j < NT; j++) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            const int r = row0 + warp % WR * 8 * NT + 8 * j + 2 * t + e % 2;
+        for (int i = 0; i < MT; i++) {
+            float *total = near[FAR ? 0 : i][j];
+            if (FAR) *(float4 *)total = far[(i * NT + j) * THREADS];
 #pragma unroll
-            for (int i = 0; i < MT; i++) {
-                const int o = first + output + 16 * i + e / 2 * 8;
+            for (int e = 0; e < 4; e++) {
+                const int r = row0 + warp % WR * 8 * NT + 8 * j + 2 * t + e % 2, o = first + output + 16 * i + e / 2 * 8;
                 if (o < n && r < rows) {
                     float *to = out + (size_t)r * n + o;
-                    const float value = bias ? total[i][j][e] + bias[o] : total[i][j][e];
+                    const float value = bias ? total[e] + bias[o] : total[e];
                     *to = add ? fmaf(value, scale, *to) : value;
                 }
             }
@@ -214,9 +224,16 @@ __device__ inline void linear_tile(const bf16 *x, const bf16 *__restrict__ w, co
     }
 }
 
-extern "C" __global__ void __launch_bounds__(256) linear_128(const bf16 *x, const bf16 *w, const float *bias, float *out, int rows,
-                                                             int n, int k, int add, float scale) {
-    linear_tile<2, 4, 4, 4>(x, w, bias, out, rows, n, k, add, scale);
+// For chips whose blocks have 112 KiB of shared memory: two blocks share a multiprocessor's.
+extern "C" __global__ void __launch_bounds__(128, 2)
+    linear_128(const bf16 *x, const bf16 *w, const float *bias, float *out, int rows, int n, int k, int add, float scale) {
+    linear_tile<2, 2, 4, 8, true>(x, w, bias, out, rows, n, k, add, scale);
+}
+
+// For all others.
+extern "C" __global__ void __launch_bounds__(256)
+    linear_128_near(const bf16 *x, const bf16 *w, const float *bias, float *out, int rows, int n, int k, int add, float scale) {
+    linear_tile<2, 4, 4, 4, false>(x, w, bias, out, rows, n, k, add, scale);
 }
 
 // The same product of one row by the matrix of one expert, for each (row, expert) that was picked: pair p has the expert
@@ -227,7 +244,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) linear_experts(const bf
     // Which weights are needed is work of the kernels before.
     after_work_before();
     const size_t pair = blockIdx.y;
-    linear<1, 1, 1>(x + pair / share * k, w + (size_t)experts[pair] * n * k, nullptr, out + pair * n, 0, 1, n, k, 0, 1);
+    linear<1, 1, 2>(x + pair / share * k, w + (size_t)experts[pair] * n * k, nullptr, out + pair * n, 0, 1, n, k, 0, 1);
 }
 
 // The sum of one value of each thread of a block of up to 1024, by a fixed tree.

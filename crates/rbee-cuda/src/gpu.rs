@@ -20,6 +20,7 @@ static KERNELS: [(&[u8], &[&str]); 2] = [
             "linear_32",
             "linear_64",
             "linear_128",
+            "linear_128_near",
             "linear_experts",
             "rms_norm",
             "rms_norm_f32",
@@ -47,6 +48,23 @@ static KERNELS: [(&[u8], &[&str]); 2] = [
         ],
     ),
 ];
+
+/// Kernels that take more shared memory than all chips give, and how many bytes.
+pub(crate) const ROOMY: (&str, u32) = ("linear_128", (3 * 256 * 64 + 128 * 128 * 4) as u32);
+
+/// What a block of a launch has.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Block {
+    pub(crate) threads: u32,
+    /// Bytes of shared memory that are asked for at the launch.
+    pub(crate) shared: u32,
+}
+
+impl From<u32> for Block {
+    fn from(threads: u32) -> Self {
+        Self { threads, shared: 0 }
+    }
+}
 
 /// Oldest compute capability: bf16 in the matrix units.
 const OLDEST: i32 = 8;
@@ -174,6 +192,8 @@ pub struct Gpu {
     name: String,
     /// Compute capability.
     capability: (i32, i32),
+    /// Whether blocks have the shared memory of [`ROOMY`].
+    roomy: bool,
     /// Whether a kernel may be launched before the work before it is done.
     early: bool,
 }
@@ -231,9 +251,27 @@ impl Gpu {
                 modules.push(module);
             }
             let stream = driver("make a stream", result::stream::create(result::stream::StreamKind::NonBlocking))?;
+            let roomy = fact(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?
+                >= ROOMY.1.cast_signed();
+            if roomy {
+                let more = sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+                let set = result::function::set_function_attribute(kernels[ROOMY.0], more, ROOMY.1.cast_signed());
+                driver("give a kernel its memory", set)?;
+            }
             let context = Arc::new(Context { primary, device, stream, modules });
-            Ok(Self { context, kernels, name, capability: (major, minor), early: major >= EARLY })
+            Ok(Self { context, kernels, name, capability: (major, minor), roomy, early: major >= EARLY })
         }
+    }
+
+    /// This GPU with the kernels that a chip with less shared memory has: so that they can be tested on others.
+    #[must_use]
+    pub fn frugal(self) -> Self {
+        Self { roomy: false, ..self }
+    }
+
+    /// Whether blocks have the shared memory of [`ROOMY`].
+    pub(crate) fn is_roomy(&self) -> bool {
+        self.roomy
     }
 
     /// Makes the calling thread one that may use this GPU.
@@ -346,17 +384,18 @@ impl Gpu {
         driver("copy to the GPU", answer)
     }
 
-    /// Copies the first values of a buffer over pinned memory, once all work before is done.
+    /// Copies the first values of a buffer over all of a slice, once all work before is done; without a detour if the slice is
+    /// pinned memory.
     ///
     /// # Errors
     /// When that work failed, or there are too few values.
-    pub fn fetch<T: Copy>(&self, from: &Buffer<T>, to: &mut Pinned<T>, count: usize) -> Result<(), Error> {
-        if count > from.len || count > to.len {
-            return Err(Error::Shape(format!("{count} of {} values are copied over {}", from.len, to.len)));
+    pub fn fetch<T: Copy>(&self, from: &Buffer<T>, to: &mut [T]) -> Result<(), Error> {
+        if to.len() > from.len {
+            return Err(Error::Shape(format!("{} values are copied over {}", from.len, to.len())));
         }
         let stream = self.context.stream;
         // SAFETY: both have so many values, and the copy is waited for.
-        driver("copy from the GPU", unsafe { result::memcpy_dtoh_async(&mut to[..count], from.at, stream) })?;
+        driver("copy from the GPU", unsafe { result::memcpy_dtoh_async(to, from.at, stream) })?;
         self.wait()
     }
 
@@ -380,11 +419,7 @@ impl Gpu {
     /// When that work failed.
     pub fn download<T: Copy + Default>(&self, buffer: &Buffer<T>) -> Result<Vec<T>, Error> {
         let mut values = vec![T::default(); buffer.len];
-        // SAFETY: there are as many values as the buffer has.
-        unsafe {
-            driver("copy from the GPU", result::memcpy_dtoh_async(&mut values, buffer.at, self.context.stream))?;
-        }
-        self.wait()?;
+        self.fetch(buffer, &mut values)?;
         Ok(values)
     }
 
@@ -418,9 +453,10 @@ impl Gpu {
         &self,
         kernel: &str,
         grid: (u32, u32),
-        threads: u32,
+        block: impl Into<Block>,
         args: &mut [*mut c_void],
     ) -> Result<(), Error> {
+        let Block { threads, shared } = block.into();
         let function = *self.kernels.get(kernel).expect("kernels are launched by names of the table");
         // SAFETY: the caller's.
         unsafe {
@@ -436,7 +472,7 @@ impl Gpu {
                 blockDimX: threads,
                 blockDimY: 1,
                 blockDimZ: 1,
-                sharedMemBytes: 0,
+                sharedMemBytes: shared,
                 hStream: self.context.stream,
                 attrs: &raw mut early,
                 numAttrs: u32::from(self.early),

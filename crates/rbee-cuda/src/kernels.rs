@@ -7,7 +7,7 @@ use std::ffi::c_void;
 use half::bf16;
 
 use crate::attention::{Heads, Rows};
-use crate::gpu::{Buffer, Error, Gpu};
+use crate::gpu::{Block, Buffer, Error, Gpu, ROOMY};
 
 /// Inputs that a matrix product takes at once: rows are whole steps.
 pub const STEP: usize = 32;
@@ -61,14 +61,12 @@ pub struct Linear {
 /// A kernel of the matrix product: its name, rows and outputs of a block.
 struct Tile(&'static str, usize, usize);
 
-/// From few rows to many; all give a row the same bits. The last has more than a block of rows in the grid's first place.
-const TILES: [Tile; 5] = [
-    Tile("linear_8", 8, 16),
-    Tile("linear_16", 16, 16),
-    Tile("linear_32", 32, 32),
-    Tile("linear_64", 64, 16),
-    Tile("linear_128", 128, 128),
-];
+/// For few rows, ascending; all kernels give a row the same bits.
+const TILES: [Tile; 4] =
+    [Tile("linear_8", 8, 16), Tile("linear_16", 16, 16), Tile("linear_32", 32, 32), Tile("linear_64", 64, 16)];
+
+/// Rows and outputs of a block of the kernels for more rows.
+const MANY: usize = 128;
 
 pub(crate) fn int(value: usize) -> Result<i32, Error> {
     i32::try_from(value).map_err(|_| Error::Shape(format!("{value} is more than a kernel counts to")))
@@ -137,8 +135,6 @@ impl Linear {
         if rows == 0 {
             return Ok(());
         }
-        let last = TILES.len() - 1;
-        let Tile(name, tile, wide) = &TILES[TILES.iter().position(|Tile(_, tile, _)| *tile >= rows).unwrap_or(last)];
         let (mut n, mut k, mut m) = (int(self.outputs)?, int(self.inputs)?, int(rows)?);
         let (mut adds, mut factor) = onto.args();
         let (mut x, mut w, mut out) = (x.at, self.weights.at, out.at);
@@ -154,10 +150,19 @@ impl Linear {
             arg(&mut adds),
             arg(&mut factor),
         ];
-        let (outputs, rows) = (count(self.outputs.div_ceil(*wide))?, count(rows.div_ceil(*tile))?);
-        let grid = if *name == TILES[last].0 { (rows, outputs) } else { (outputs, rows) };
+        let (name, grid, block) = match TILES.iter().find(|Tile(_, tile, _)| *tile >= rows) {
+            Some(Tile(name, _, wide)) => (*name, (count(self.outputs.div_ceil(*wide))?, 1), THREADS.into()),
+            None => {
+                let grid = (count(rows.div_ceil(MANY))?, count(self.outputs.div_ceil(MANY))?);
+                if gpu.is_roomy() {
+                    (ROOMY.0, grid, Block { threads: 128, shared: ROOMY.1 })
+                } else {
+                    ("linear_128_near", grid, Block { threads: THREADS, shared: 48 << 10 })
+                }
+            }
+        };
         // SAFETY: the arguments are those of `linear_*`, and the lengths were checked.
-        unsafe { gpu.launch(name, grid, THREADS, &mut args) }
+        unsafe { gpu.launch(name, grid, block, &mut args) }
     }
 }
 

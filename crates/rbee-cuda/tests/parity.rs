@@ -71,6 +71,10 @@ fn a_row_has_the_same_bits_among_any_others() {
         let together = linear(&gpu, &matrix, &x[..rows * k], &vec![0.0; rows * n], rows, Onto::Over);
         assert!(together == alone[..rows * n], "{rows} rows");
     }
+    let frugal = Gpu::open(&Which::Number(0)).unwrap().frugal();
+    let matrix = Linear::new(&frugal, frugal.upload(&narrow(&values(1, n * k))).unwrap(), None, k).unwrap();
+    let together = linear(&frugal, &matrix, &x, &vec![0.0; 150 * n], 150, Onto::Over);
+    assert!(together == alone, "with little shared memory");
 }
 
 #[test]

@@ -120,7 +120,7 @@ impl Engine {
     ///
     /// # Errors
     /// [`EngineError::Invalid`] for sizes that cannot work.
-    pub fn new(runner: Box<dyn ModelRunner>, config: EngineConfig) -> Result<Self, EngineError> {
+    pub fn new(mut runner: Box<dyn ModelRunner>, config: EngineConfig) -> Result<Self, EngineError> {
         let mut limits = runner.limits().clone();
         limits.context = limits.context.min(limits.kv_blocks.saturating_mul(limits.block_size));
         let check = |field, ok: bool, problem| if ok { Ok(()) } else { Err(EngineError::invalid(field, problem)) };
@@ -133,6 +133,7 @@ impl Engine {
         Ok(Self {
             gate: Gate::new(config.slots + config.queue),
             pool: BlockPool::new(limits.kv_blocks),
+            logits: runner.logits(),
             runner,
             limits,
             config,
@@ -153,7 +154,6 @@ impl Engine {
             preemptions: 0,
             failed: false,
             plan: Vec::new(),
-            logits: Logits::default(),
             sampler: Sampler::default(),
         })
     }

@@ -5,6 +5,7 @@
 //! logits depend on that row's tokens and on build constants only, never on what else is in the batch,
 //! on how a prompt was cut into chunks, or on the number of threads.
 
+use std::ops::DerefMut;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -72,26 +73,44 @@ pub struct StepBatch<'a> {
     pub chunks: Vec<Chunk<'a>>,
 }
 
+/// Memory that a runner has a better use of than any other: that its device writes to by itself.
+pub trait Storage: DerefMut<Target = [f32]> + Send {}
+
+impl<T: DerefMut<Target = [f32]> + Send> Storage for T {}
+
 /// The output of one step: one row of `vocab` f32 per chunk that wanted logits, in chunk order, and the hidden states of the
 /// chunks that wanted those. The buffers are kept between steps.
-#[derive(Clone, Debug, Default)]
 pub struct Logits {
     vocab: usize,
-    data: Vec<f32>,
+    rows: usize,
+    data: Box<dyn Storage>,
     width: usize,
     hidden: Vec<f32>,
 }
 
+impl Default for Logits {
+    fn default() -> Self {
+        Self::on(Box::new(Vec::new()))
+    }
+}
+
 impl Logits {
+    /// Rows that stand in this memory, as long as there is room for them.
+    pub fn on(data: Box<dyn Storage>) -> Self {
+        Self { vocab: 0, rows: 0, data, width: 0, hidden: Vec::new() }
+    }
+
     /// Makes room for `rows` rows of `vocab` values; their content is unspecified.
     pub fn resize(&mut self, rows: usize, vocab: usize) {
-        self.vocab = vocab;
-        self.data.resize(rows * vocab, 0.0);
+        (self.rows, self.vocab) = (rows, vocab);
+        if self.data.len() < rows * vocab {
+            self.data = Box::new(vec![0.0; rows * vocab]);
+        }
     }
 
     /// Number of rows.
     pub fn rows(&self) -> usize {
-        self.data.len().checked_div(self.vocab).unwrap_or(0)
+        self.rows
     }
 
     /// Row `i`, of `vocab` values.
@@ -118,7 +137,7 @@ impl Logits {
 
     /// All rows, row-major.
     pub fn as_mut_slice(&mut self) -> &mut [f32] {
-        &mut self.data
+        &mut self.data[..self.rows * self.vocab]
     }
 }
 
@@ -137,6 +156,11 @@ pub enum RunnerError {
 pub trait ModelRunner: Send {
     /// What this model can take.
     fn limits(&self) -> &ModelLimits;
+
+    /// What its steps are best given to leave their output in; once.
+    fn logits(&mut self) -> Logits {
+        Logits::default()
+    }
 
     /// The regime of a text whose prompt has so many tokens.
     fn regime(&self, prompt: usize) -> Regime {

@@ -30,7 +30,7 @@ const PROMPTS: [usize; 2] = [512, 4096];
 const ROUNDS: usize = 9;
 
 /// Tokens of one prompt in one step, as the worker has it.
-const PREFILL_CHUNK: usize = 512;
+const PREFILL_CHUNK: usize = 1024;
 
 /// Values of the stretch that is copied.
 const COPIED: usize = 1 << 30;
@@ -76,7 +76,7 @@ fn measure(folder: &Path, shape: &Shape) -> Result<(), Error> {
     let gpu = Gpu::open(&Which::Number(0))?;
     let source: Buffer<u16> = gpu.zeroed(COPIED)?;
     let mut target = gpu.zeroed(COPIED)?;
-    let mut logits = Logits::default();
+    let mut logits = runner.logits();
     let (mut steps, mut prompts, mut copies) =
         (vec![Vec::new(); BATCHES.len()], vec![Vec::new(); PROMPTS.len()], Vec::new());
     // The first round records steps, and is not counted.

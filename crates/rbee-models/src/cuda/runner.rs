@@ -22,8 +22,8 @@ use crate::runner::RunnerOptions;
 /// Rises with every change of the arithmetic: it is part of the numerics id.
 const NUMERICS: u32 = 1;
 
-/// Rows that are computed at once; what a batch has more of is computed after them.
-const ROWS: usize = 1024;
+/// Rows that are computed at once, a chunk of a prompt beside those that decode; what a batch has more of is computed after them.
+const ROWS: usize = 1024 + 64;
 
 /// Rows of the steps that are recorded, ascending: a step that only decodes is padded to the next of them.
 const RECORDED: [usize; 9] = [1, 2, 4, 8, 16, 24, 32, 48, 64];
@@ -45,8 +45,8 @@ pub struct CudaRunner {
     ropes: GpuRopes,
     rows: Rows,
     scratch: Scratch,
-    /// What is fetched from the GPU.
-    fetched: Pinned<f32>,
+    /// Where logits are best fetched to; whoever drives the runner has it.
+    output: Option<Pinned<f32>>,
     blocks: Vec<u32>,
     taken: u64,
     gpu: Gpu,
@@ -131,7 +131,7 @@ pub fn load_cuda(
     let width = blocks_of(room.context);
     let rows = Rows::new(&gpu, room.rows, room.sequences, width)?;
     let scratch = Scratch::new(&gpu, &config, &dims, room)?;
-    let fetched = gpu.pinned((room.sequences * config.vocab).max(room.rows * config.hidden))?;
+    let output = Some(gpu.pinned(room.sequences * config.vocab)?);
     let ((after, _), (major, minor)) = (gpu.memory()?, gpu.capability());
     let about = About::new(&config, generation, needs, digest, &format!("cuda {NUMERICS} {major}.{minor}"));
     Ok(CudaRunner {
@@ -146,7 +146,7 @@ pub fn load_cuda(
         ropes,
         rows,
         scratch,
-        fetched,
+        output,
         blocks: Vec::new(),
         taken: CONTEXT + free.saturating_sub(after) as u64,
         gpu,
@@ -301,13 +301,11 @@ impl CudaRunner {
             let states_here: usize = count(Wanted::Hidden).map(|piece| piece.to - piece.from).sum();
             if states_here > 0 {
                 self.launch(&pieces, Wanted::Hidden)?;
-                self.gpu.fetch(&self.scratch.y, &mut self.fetched, states_here * hidden)?;
                 let all = logits.hidden_mut(states, hidden);
-                all[state * hidden..][..states_here * hidden].copy_from_slice(&self.fetched[..states_here * hidden]);
+                self.gpu.fetch(&self.scratch.y, &mut all[state * hidden..][..states_here * hidden])?;
             } else if rows > 0 {
                 self.launch(&pieces, Wanted::Logits)?;
-                self.gpu.fetch(&self.scratch.logits, &mut self.fetched, rows * vocab)?;
-                logits.as_mut_slice()[row * vocab..][..rows * vocab].copy_from_slice(&self.fetched[..rows * vocab]);
+                self.gpu.fetch(&self.scratch.logits, &mut logits.as_mut_slice()[row * vocab..][..rows * vocab])?;
             } else {
                 self.launch(&pieces, Wanted::Nothing)?;
                 self.gpu.wait()?;
@@ -322,6 +320,10 @@ impl CudaRunner {
 impl ModelRunner for CudaRunner {
     fn limits(&self) -> &ModelLimits {
         &self.limits
+    }
+
+    fn logits(&mut self) -> Logits {
+        self.output.take().map_or_else(Logits::default, |output| Logits::on(Box::new(output)))
     }
 
     fn regime(&self, prompt: usize) -> Regime {

@@ -181,7 +181,7 @@ fn hidden_states_and_long_prompts_agree_with_the_cpu() {
     let text: Vec<u32> = (0..context as u32).map(|i| (i * 37 + i * i) % 2048).collect();
     let tables = [blocks(0, 2, context), blocks(1, 2, 40)];
     let run = |runner: &mut dyn ModelRunner| {
-        let mut out = Logits::default();
+        let mut out = runner.logits();
         let regime = runner.regime(1);
         let chunk = |tokens, blocks, wanted| Chunk { tokens, start: 0, blocks, regime, wanted };
         let chunks =
