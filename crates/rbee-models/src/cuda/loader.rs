@@ -159,6 +159,12 @@ impl Opened {
         bytes + (dims.hidden.to * size_of::<f32>()) as u64
     }
 
+    /// Whether all matrices are stored in bf16.
+    pub(crate) fn is_bf16(&self) -> bool {
+        let mut parts = self.plan.matrices().flat_map(|matrix| &matrix.parts);
+        parts.all(|(name, _)| self.tensor(name).0 == WeightType::Bf16)
+    }
+
     /// Writes a matrix to a place of a buffer.
     fn copy_matrix(&self, gpu: &Gpu, padded: &Padded<'_>, buffer: &mut Buffer<bf16>, at: usize) -> Result<(), Error> {
         let Padded { matrix, rows, columns } = padded;

@@ -109,6 +109,9 @@ pub fn load_cuda(
 ) -> Result<CudaRunner, Error> {
     let opened = loader::open(files, options.quantize)?;
     let Plan { dims, room, blocks, needs } = Plan::of(&opened, options)?;
+    if !opened.is_bf16() {
+        tracing::warn!("weights of other types are rounded to bf16 on a GPU");
+    }
     let gpu = Gpu::open(which)?;
     let (free, _) = gpu.memory()?;
     // The context is there already.
