@@ -196,9 +196,8 @@ fn experts_are_picked_and_summed_as_in_double_precision() {
         let weights = narrow(&values(1, of * n * k));
         let experts = Experts::new(&gpu, gpu.upload(&weights).unwrap(), of, k).unwrap();
         let mut scores = values(2, rows * of);
-        // Equal scores: the lower index wins.
-        scores[1] = 2.0;
-        scores[3] = 2.0;
+        // More equal scores than are picked: the lower index wins.
+        scores[..of].iter_mut().skip(1).step_by(2).for_each(|score| *score = 2.0);
         let x = narrow(&values(3, rows * k));
         let mut picks = Picks::new(&gpu, rows, of, picked).unwrap();
         picks.set(&gpu, &gpu.upload(&scores).unwrap(), normalised, rows).unwrap();
