@@ -19,6 +19,7 @@ mod kit;
 mod loading;
 mod metrics;
 mod openai;
+mod openapi;
 mod queue;
 mod routes;
 mod sdk;

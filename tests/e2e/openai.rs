@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 
 use crate::prompt;
 
-fn body(endpoint: Endpoint, fields: Value) -> Value {
+pub(crate) fn body(endpoint: Endpoint, fields: Value) -> Value {
     let text = prompt("dialects");
     let mut body = match endpoint {
         Endpoint::Chat => json!({ "messages": [{ "role": "user", "content": text }], "max_tokens": 3 }),
@@ -44,7 +44,7 @@ fn error(answer: &Answer, status: u16) -> Value {
 }
 
 /// A value that the field takes, beside what it needs, and one that it does not.
-fn samples(field: &Field) -> (Value, Value) {
+pub(crate) fn samples(field: &Field) -> (Value, Value) {
     let kind = |name: &str| INFER_FIELDS.iter().find(|row| row.name == name).unwrap().kind;
     let with = |value: Value| json!({ field.name: value });
     match (field.fate, field.name) {

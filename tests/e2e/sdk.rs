@@ -32,6 +32,12 @@ fn sdks() -> Vec<Sdk> {
     installed.collect()
 }
 
+/// What holds bodies against an OpenAPI document, where the Python packages for it are installed.
+pub(crate) fn validator() -> Option<(PathBuf, PathBuf)> {
+    let sdk = sdks().into_iter().find(|sdk| sdk.name == "py3")?;
+    Some((sdk.program, sdk.script.with_file_name("openapi.py")))
+}
+
 impl Sdk {
     fn cmd<'a>(&self, cluster: &Cluster, cases: &[&str]) -> Cmd<'a> {
         let (script, base) = (self.script.display().to_string(), format!("http://{}", cluster.queen));

@@ -30,6 +30,7 @@ pub fn page() -> String {
          - A whole answer that is over 300 s away is refused with 503 and `Retry-After`; a stream waits.\n\
          - Reasoning is in `reasoning_content`, where the model's family has it apart from the answer. `tools` are refused by models whose \
          template has no place for them.\n\
+         - `GET /openapi.json` has all of it as an OpenAPI 3.1 document ([the same](reference/openapi.json)).\n\
          - `system_fingerprint` is release, build, weights and numerics id: two answers that share it came from the same arithmetic.\n",
     );
     for endpoint in Endpoint::ALL {

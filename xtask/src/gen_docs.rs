@@ -38,6 +38,7 @@ pub fn run(root: &Path, mode: Mode) -> Result<()> {
     files.push(("docs/reference/cli.md".into(), cli()));
     files.push(("docs/models.md".into(), format!("{HEAD}{}", crate::gen_models::page(root)?)));
     files.push(("docs/api.md".into(), format!("{HEAD}{}", crate::gen_api::page())));
+    files.push(("docs/reference/openapi.json".into(), crate::gen_openapi::file()?));
     let mut stale = Vec::new();
     for (path, text) in files {
         let full = root.join(&path);
@@ -98,7 +99,8 @@ fn http() -> String {
     let mut out = format!(
         "{HEAD}# HTTP\n\nWith a token set, every route but the public ones asks for it, or for a key, as `Authorization: Bearer`. Keys are the \
          queen's: one with the scope `inference` opens what is marked so, one with `admin` everything. An `inference` key sees, hears and cancels its \
-         own jobs; others' are not there for it.\n"
+         own jobs; others' are not there for it.\n\nThe queen's \
+         part, with the forms of bodies and answers, is an OpenAPI 3.1 document too: [openapi.json](openapi.json), which it serves at `/openapi.json`.\n"
     );
     for (title, all) in [("Queen", routes::QUEEN), ("Hive", routes::HIVE), ("Worker", routes::WORKER)] {
         let _ = writeln!(out, "\n## {title}\n\n| method | path | open to | |\n|---|---|---|---|");

@@ -6,6 +6,8 @@ mod fuzz;
 mod gen_api;
 mod gen_docs;
 mod gen_models;
+mod gen_openapi;
+mod gen_openapi_requests;
 mod sdk;
 mod tidy;
 

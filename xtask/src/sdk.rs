@@ -6,9 +6,12 @@ use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
 
-/// Name of the folder, and exact versions on PyPI. Prometheus' own package has a parser of what it scrapes.
-const PYTHON: [(&str, &[&str]); 2] =
-    [("py3", &["openai==3.54.0", "prometheus-client==0.22.1"]), ("py1", &["openai==1.109.1"])];
+/// Name of the folder, and exact versions on PyPI. Prometheus' own package has a parser of what it scrapes; the last two check an
+/// OpenAPI document and bodies against it.
+const PYTHON: [(&str, &[&str]); 2] = [
+    ("py3", &["openai==3.54.0", "prometheus-client==0.22.1", "openapi-spec-validator==0.9.0", "jsonschema==4.26.0"]),
+    ("py1", &["openai==1.109.1"]),
+];
 
 /// The same on npm.
 const NODE: (&str, &[&str]) = ("node", &["openai@6.49.0"]);

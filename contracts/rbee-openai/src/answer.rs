@@ -2,12 +2,16 @@
 //!
 //! A request has one part per job; the choices of part p are numbered after those of the parts before it.
 
-use rbee_wire::event::{Done, Event, FinishReason, Started, Token, TokenLogprobs, ToolCallPart, Usage};
+use rbee_wire::event::{Done, Event, Started, Token, ToolCallPart, Usage};
 use rbee_wire::job::{CalledFunction, ToolCall};
 use rbee_wire::{ErrorBody, ErrorCode};
 use serde::Serialize;
-use serde_json::{Map, Value, json};
+use serde_json::Value;
 
+use crate::body::{
+    Answer, CallDelta, ChatChoice, ChatLogprobs, ChatMessage, ChatPiece, Chunk, Counts, Delta, Finish, Lists,
+    TextChoice, TextPiece,
+};
 use crate::error::Reply;
 
 /// What kind of answer it is.
@@ -47,20 +51,6 @@ pub enum Step {
     Over,
     /// A part failed, and with it the answer.
     Failed(Box<ErrorBody>),
-}
-
-/// Token counts as the dialect has them.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-struct Counts {
-    prompt_tokens: u64,
-    completion_tokens: u64,
-    total_tokens: u64,
-    prompt_tokens_details: Cached,
-}
-
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-struct Cached {
-    cached_tokens: u64,
 }
 
 /// What both forms of an answer keep track of.
@@ -108,6 +98,15 @@ impl Progress {
         Ok(())
     }
 
+    /// The whole answer of these choices.
+    fn answer<C: Serialize>(self, choices: Vec<C>) -> Value {
+        let object = self.object(false);
+        let Self { head, model, fingerprint, usage, .. } = self;
+        let (id, created) = (head.id, head.created);
+        let answer = Answer { id, object, created, model, system_fingerprint: fingerprint, choices, usage };
+        serde_json::to_value(answer).expect("the dialect's types serialize to JSON")
+    }
+
     fn object(&self, chunk: bool) -> &'static str {
         match (self.head.form, chunk) {
             (Form::Chat, true) => "chat.completion.chunk",
@@ -115,113 +114,6 @@ impl Progress {
             (Form::Text, _) => "text_completion",
         }
     }
-}
-
-fn finish(reason: FinishReason) -> &'static str {
-    match reason {
-        FinishReason::Stop | FinishReason::Cancelled => "stop",
-        FinishReason::Length => "length",
-        FinishReason::ToolCalls => "tool_calls",
-    }
-}
-
-/// A token with the likeliest others, as a chat has it.
-fn chat_logprob(logprobs: &TokenLogprobs) -> Value {
-    // The bytes of a token that is a part of a character cannot be told from its text.
-    let bytes = |text: &str| (!text.contains('\u{fffd}')).then(|| text.as_bytes().to_vec());
-    let one = |text: &str, logprob: f32| json!({ "token": text, "logprob": logprob, "bytes": bytes(text) });
-    let top: Vec<Value> = logprobs.top.iter().map(|top| one(&top.t, top.logprob)).collect();
-    let mut entry = one(&logprobs.t, logprobs.logprob);
-    entry["top_logprobs"] = top.into();
-    entry
-}
-
-/// The lists of a completion's log-probabilities.
-#[derive(Clone, Debug, Default, Serialize)]
-struct Lists {
-    tokens: Vec<String>,
-    token_logprobs: Vec<f32>,
-    top_logprobs: Vec<Map<String, Value>>,
-    /// Characters of the answer before each token's text.
-    text_offset: Vec<usize>,
-}
-
-impl Lists {
-    fn push(&mut self, logprobs: &TokenLogprobs, offset: usize) {
-        self.tokens.push(logprobs.t.clone());
-        self.token_logprobs.push(logprobs.logprob);
-        self.top_logprobs.push(logprobs.top.iter().map(|top| (top.t.clone(), json!(top.logprob))).collect());
-        self.text_offset.push(offset);
-    }
-}
-
-#[derive(Serialize)]
-struct Chunk<'a, C> {
-    id: &'a str,
-    object: &'static str,
-    created: u64,
-    model: &'a str,
-    system_fingerprint: Option<&'a str>,
-    choices: &'a [C],
-    #[serde(skip_serializing_if = "Option::is_none")]
-    usage: Option<Option<Counts>>,
-}
-
-#[derive(Serialize)]
-struct ChatPiece<'a> {
-    index: usize,
-    delta: Delta<'a>,
-    logprobs: Option<Value>,
-    finish_reason: Option<&'static str>,
-}
-
-#[derive(Default, Serialize)]
-struct Delta<'a> {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    role: Option<&'static str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    content: Option<&'a str>,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    reasoning_content: Option<&'a str>,
-    #[serde(skip_serializing_if = "Vec::is_empty")]
-    tool_calls: Vec<CallDelta<'a>>,
-}
-
-/// A part of a call; its first part has the id, the type and the name.
-#[derive(Serialize)]
-struct CallDelta<'a> {
-    index: u32,
-    #[serde(skip_serializing_if = "Option::is_none")]
-    id: Option<&'a str>,
-    #[serde(rename = "type", skip_serializing_if = "Option::is_none")]
-    kind: Option<&'static str>,
-    function: FunctionDelta<'a>,
-}
-
-#[derive(Serialize)]
-struct FunctionDelta<'a> {
-    #[serde(skip_serializing_if = "Option::is_none")]
-    name: Option<&'a str>,
-    arguments: &'a str,
-}
-
-impl<'a> From<&'a ToolCallPart> for CallDelta<'a> {
-    fn from(part: &'a ToolCallPart) -> Self {
-        Self {
-            index: part.index,
-            id: part.id.as_deref(),
-            kind: part.id.is_some().then_some("function"),
-            function: FunctionDelta { name: part.name.as_deref(), arguments: &part.arguments },
-        }
-    }
-}
-
-#[derive(Serialize)]
-struct TextPiece<'a> {
-    index: usize,
-    text: &'a str,
-    logprobs: Option<&'a Lists>,
-    finish_reason: Option<&'static str>,
 }
 
 /// An answer in chunks.
@@ -269,7 +161,7 @@ impl Chunks {
         match self.progress.head.form {
             Form::Chat => {
                 let logprobs =
-                    token.logprobs.as_ref().map(|one| json!({ "content": [chat_logprob(one)], "refusal": null }));
+                    token.logprobs.as_ref().map(|one| ChatLogprobs { content: vec![one.into()], refusal: None });
                 let reasoning_content = Some(token.reasoning.as_str()).filter(|text| !text.is_empty());
                 let tool_calls: Vec<CallDelta<'_>> = token.tool_calls.iter().map(CallDelta::from).collect();
                 let alone = reasoning_content.is_none() && tool_calls.is_empty();
@@ -305,7 +197,7 @@ impl Chunks {
         for (choice, end) in done.choices.iter().enumerate() {
             let index = self.progress.index(part, choice);
             self.begin(index, out);
-            let finish_reason = Some(finish(end.finish_reason));
+            let finish_reason = Some(Finish::from(end.finish_reason));
             match self.progress.head.form {
                 Form::Chat => {
                     self.write(&[ChatPiece { index, delta: Delta::default(), logprobs: None, finish_reason }], out);
@@ -365,9 +257,9 @@ struct Text {
     reasoning: String,
     calls: Vec<ToolCall>,
     chars: usize,
-    chat_logprobs: Option<Vec<Value>>,
+    chat_logprobs: Option<ChatLogprobs>,
     lists: Option<Lists>,
-    finish: Option<&'static str>,
+    finish: Option<Finish>,
 }
 
 impl Text {
@@ -381,17 +273,21 @@ impl Text {
         }
     }
 
-    /// A chat's message; without text where it calls and says nothing.
-    fn message(&self) -> Value {
-        let content = Some(&self.text).filter(|text| self.calls.is_empty() || !text.is_empty());
-        let mut message = json!({ "role": "assistant", "content": content, "refusal": null });
-        if !self.reasoning.is_empty() {
-            message["reasoning_content"] = self.reasoning.as_str().into();
-        }
-        if !self.calls.is_empty() {
-            message["tool_calls"] = json!(self.calls);
-        }
-        message
+    fn chat_choice(self, index: usize) -> ChatChoice {
+        // A message that calls and says nothing has no text.
+        let content = Some(self.text).filter(|text| self.calls.is_empty() || !text.is_empty());
+        let message = ChatMessage {
+            role: "assistant",
+            content,
+            refusal: None,
+            reasoning_content: self.reasoning,
+            tool_calls: self.calls,
+        };
+        ChatChoice { index, message, logprobs: self.chat_logprobs, finish_reason: self.finish }
+    }
+
+    fn text_choice(self, index: usize) -> TextChoice {
+        TextChoice { index, text: self.text, logprobs: self.lists, finish_reason: self.finish }
     }
 }
 
@@ -417,7 +313,7 @@ impl Whole {
                 let text = &mut self.texts[self.progress.index(part, token.choice as usize)];
                 if let Some(logprobs) = &token.logprobs {
                     match self.progress.head.form {
-                        Form::Chat => text.chat_logprobs.get_or_insert_default().push(chat_logprob(logprobs)),
+                        Form::Chat => text.chat_logprobs.get_or_insert_default().content.push(logprobs.into()),
                         Form::Text => text.lists.get_or_insert_default().push(logprobs, text.chars),
                     }
                 }
@@ -435,7 +331,7 @@ impl Whole {
                 }
                 for (choice, end) in done.choices.iter().enumerate() {
                     let index = self.progress.index(part, choice);
-                    self.texts[index].finish = Some(finish(end.finish_reason));
+                    self.texts[index].finish = Some(end.finish_reason.into());
                 }
                 return if self.progress.open == 0 { Step::Over } else { Step::Moving };
             }
@@ -448,36 +344,19 @@ impl Whole {
     /// The answer's JSON, once all parts are done.
     pub fn into_json(self) -> Value {
         let Self { progress, texts } = self;
-        let choice = |(index, text): (usize, Text)| match progress.head.form {
-            Form::Chat => json!({
-                "index": index,
-                "message": text.message(),
-                "logprobs": text.chat_logprobs.map(|content| json!({ "content": content, "refusal": null })),
-                "finish_reason": text.finish,
-            }),
-            Form::Text => json!({
-                "index": index,
-                "text": text.text,
-                "logprobs": text.lists,
-                "finish_reason": text.finish,
-            }),
-        };
-        json!({
-            "id": progress.head.id,
-            "object": progress.object(false),
-            "created": progress.head.created,
-            "model": progress.model,
-            "system_fingerprint": progress.fingerprint,
-            "choices": texts.into_iter().enumerate().map(choice).collect::<Vec<_>>(),
-            "usage": progress.usage,
-        })
+        let texts = texts.into_iter().enumerate();
+        match progress.head.form {
+            Form::Chat => progress.answer(texts.map(|(index, text)| text.chat_choice(index)).collect()),
+            Form::Text => progress.answer(texts.map(|(index, text)| text.text_choice(index)).collect()),
+        }
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use rbee_wire::event::{ChoiceEnd, TopLogprob};
+    use rbee_wire::event::{ChoiceEnd, FinishReason, TokenLogprobs, TopLogprob};
     use rbee_wire::{JobId, ModelRef, WorkerId};
+    use serde_json::json;
 
     use super::*;
 

@@ -5,9 +5,10 @@ use base64::prelude::BASE64_STANDARD;
 use rbee_wire::event::Event;
 use rbee_wire::view::Embedding;
 use rbee_wire::{ErrorBody, ErrorCode};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 use crate::answer::Step;
+use crate::body::{EmbeddingItem, EmbeddingList, EmbeddingUsage, Values};
 use crate::request::Encoding;
 
 /// An answer on its way.
@@ -15,7 +16,7 @@ use crate::request::Encoding;
 pub struct Vectors {
     encoding: Encoding,
     model: Option<String>,
-    data: Vec<Value>,
+    data: Vec<EmbeddingItem>,
     prompt_tokens: u64,
 }
 
@@ -51,26 +52,27 @@ impl Vectors {
         }
     }
 
-    fn vector(&self, value: &Value) -> Option<Value> {
+    fn vector(&self, value: &Value) -> Option<EmbeddingItem> {
         let Embedding { index, embedding } = serde_json::from_value(value.clone()).ok()?;
         let values = match self.encoding {
-            Encoding::Base64 => Value::String(embedding),
+            Encoding::Base64 => Values::Base64(embedding),
             Encoding::Floats => {
                 let bytes = BASE64_STANDARD.decode(embedding).ok()?;
                 let (values, rest) = bytes.as_chunks::<4>();
                 if !rest.is_empty() {
                     return None;
                 }
-                values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect()
+                Values::Floats(values.iter().map(|bytes| f32::from_le_bytes(*bytes)).collect())
             }
         };
-        Some(json!({ "object": "embedding", "index": index, "embedding": values }))
+        Some(EmbeddingItem { object: "embedding", index, embedding: values })
     }
 
     /// The answer's JSON, once the job is done.
     pub fn into_json(self) -> Value {
-        let usage = json!({ "prompt_tokens": self.prompt_tokens, "total_tokens": self.prompt_tokens });
-        json!({ "object": "list", "data": self.data, "model": self.model, "usage": usage })
+        let usage = EmbeddingUsage { prompt_tokens: self.prompt_tokens, total_tokens: self.prompt_tokens };
+        let list = EmbeddingList { object: "list", data: self.data, model: self.model, usage };
+        serde_json::to_value(list).expect("the dialect's types serialize to JSON")
     }
 }
 
@@ -81,6 +83,7 @@ fn failed(code: ErrorCode, message: &str) -> Step {
 #[cfg(test)]
 mod tests {
     use rbee_wire::event::{Done, Usage};
+    use serde_json::json;
 
     use super::*;
 

@@ -1,17 +1,20 @@
 //! Our errors as the dialect has them.
 
 use rbee_wire::{ErrorBody, ErrorCode};
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 /// The body of a refusal, and the last event of a stream that failed.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "DialectErrorReply")]
 pub struct Reply {
     /// What went wrong.
     pub error: Error,
 }
 
 /// What went wrong.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+#[schemars(rename = "DialectError")]
 pub struct Error {
     /// What was attempted, what happened, and what to do next.
     pub message: String,

@@ -5,6 +5,7 @@
 //! [`answer::Answer`].
 
 pub mod answer;
+pub mod body;
 pub mod embeddings;
 pub mod error;
 pub mod fields;

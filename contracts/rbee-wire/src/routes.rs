@@ -31,6 +31,8 @@ pub const READY: &str = "/ready";
 pub const READYZ: &str = "/readyz";
 /// Version, build, uptime.
 pub const INFO: &str = "/v1/info";
+/// This API as an OpenAPI document.
+pub const OPENAPI: &str = "/openapi.json";
 /// Counters and histograms for Prometheus.
 pub const METRICS: &str = "/metrics";
 /// Drain and stop.
@@ -91,6 +93,7 @@ pub const QUEEN: &[Route] = &[
     route("GET", READY, Public, "a request sent now would be taken"),
     route("GET", READYZ, Public, "a request sent now would be taken"),
     route("GET", INFO, Inference, "version, build, uptime"),
+    route("GET", OPENAPI, Inference, "this API as an OpenAPI 3.1 document"),
     route("GET", METRICS, Admin, "counters and histograms for Prometheus, under vLLM's names where they mean the same"),
     route("POST", SHUTDOWN, Admin, "drain and stop"),
     route("POST", JOBS, Inference, "post a job; with `Accept: text/event-stream` its stream is the answer"),

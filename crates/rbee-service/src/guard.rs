@@ -205,7 +205,7 @@ async fn check(State(guard): State<Arc<Guard>>, mut request: Request, next: Next
                         if let Some(caller) = caller {
                             request.extensions_mut().insert(caller);
                         }
-                        next.run(request).await
+                        refused_in_json(next.run(request).await)
                     }
                     Err(error) => ApiError(error).into_response(),
                 }
@@ -221,6 +221,15 @@ async fn check(State(guard): State<Arc<Guard>>, mut request: Request, next: Next
         response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
     }
     response
+}
+
+/// What is refused before a handler has it, a path or a query that cannot be read, comes as plain text.
+fn refused_in_json(response: Response) -> Response {
+    if !response.status().is_client_error() || response.extensions().get::<ErrorBody>().is_some() {
+        return response;
+    }
+    let message = "a variable of the path or the query cannot be read";
+    ApiError(ErrorBody::new(ErrorCode::InvalidRequest, message)).into_response()
 }
 
 #[cfg(test)]
