@@ -26,6 +26,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "tokenizer", run: text::tokenizer, max_len: 16 << 10 },
     Target { name: "template", run: text::template, max_len: 16 << 10 },
     Target { name: "job", run: wire::job, max_len: 16 << 10 },
+    Target { name: "dialect", run: wire::dialect, max_len: 16 << 10 },
     Target { name: "sse", run: wire::sse, max_len: 256 },
 ];
 

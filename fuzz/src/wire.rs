@@ -1,5 +1,8 @@
-//! Bodies and streams that `rbee-wire` reads.
+//! Bodies and streams that `rbee-wire` and `rbee-openai` read.
 
+use rbee_openai::error::{Reply, retry_is_vain};
+use rbee_openai::fields::Endpoint;
+use rbee_openai::request::{Unknown, read};
 use rbee_wire::sse::{Decoder, Frame, TooLarge, write_event};
 use rbee_wire::{Event, JobRequest};
 use serde_json::Value;
@@ -21,6 +24,33 @@ pub(crate) fn job(bytes: &[u8]) {
             assert!(same(&one, &two), "{text} means something else: {two}");
         }
         Err(refusal) => unreachable!("{text} was accepted in another spelling: {refusal:?}"),
+    }
+}
+
+/// The bytes are a body of the OpenAI dialect, of each of its endpoints in turn.
+pub(crate) fn dialect(bytes: &[u8]) {
+    for endpoint in Endpoint::ALL {
+        let strict = read(endpoint, bytes, Unknown::Refused);
+        let asked = match read(endpoint, bytes, Unknown::Reported) {
+            Ok(asked) => asked,
+            Err(refusal) => {
+                let _ = retry_is_vain(&refusal);
+                let reply = serde_json::to_value(Reply::from(&refusal)).expect("a refusal is sent as JSON");
+                assert_eq!(reply["error"]["type"], "invalid_request_error", "{reply}");
+                assert!(strict.is_err(), "{endpoint:?}: strictness allows what is refused without: {reply}");
+                continue;
+            }
+        };
+        assert_eq!(strict.is_ok(), asked.ignored.is_empty(), "{endpoint:?}: {:?}", asked.ignored);
+        assert!(!asked.jobs.is_empty(), "{endpoint:?}: a request that is accepted is at least one job");
+        for infer in asked.jobs {
+            let job = JobRequest::Infer(Box::new(infer));
+            let text = serde_json::to_string(&job).expect("a job is JSON");
+            // No surface takes what another refuses.
+            if let Err(refusal) = JobRequest::parse(text.as_bytes()) {
+                unreachable!("{endpoint:?} makes a job of it that is none: {text}: {refusal:?}");
+            }
+        }
     }
 }
 

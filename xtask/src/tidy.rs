@@ -50,7 +50,7 @@ const EDGES: &[(&str, &[&str])] = &[
         ],
     ),
     ("rbee-e2e", &["rbee-wire", "rbee-openai", "rbee-client", "rbee-config", "rbee-engine", "rbee-testkit"]),
-    ("rbee-fuzz", &["rbee-wire", "rbee-tokenizer", "rbee-weights"]),
+    ("rbee-fuzz", &["rbee-wire", "rbee-openai", "rbee-tokenizer", "rbee-weights"]),
     (
         "xtask",
         &["rbee-wire", "rbee-openai", "rbee-client", "rbee-config", "rbee-keeper", "rbee-testkit", "rbee-weights"],
