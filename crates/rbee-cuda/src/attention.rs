@@ -173,11 +173,26 @@ impl Rows {
     }
 
     /// Takes the rows of a step over, once the work of the step before is done. `padded` says how many there are to be, and
-    /// picks as many rows; the last stretches' rows otherwise.
+    /// picks as many rows; otherwise those that the stretches name. Where it fails there are no rows.
     ///
     /// # Errors
     /// When there is no room for them, blocks do not reach a row, or there is no row.
     pub fn set(
+        &mut self,
+        gpu: &Gpu,
+        heads: Heads,
+        stretches: &[Stretch<'_>],
+        padded: Option<Padded>,
+    ) -> Result<(), Error> {
+        let done = self.place(gpu, heads, stretches, padded);
+        if done.is_err() {
+            (self.count, self.picks) = (0, 0);
+            self.tiles.clear();
+        }
+        done
+    }
+
+    fn place(
         &mut self,
         gpu: &Gpu,
         heads: Heads,
