@@ -182,10 +182,11 @@ impl Spawner {
     }
 
     /// The device for a load that may go anywhere: a GPU that it fits in, the one with most memory free, else the CPU. The
-    /// built-in model is small enough for the CPU, which has it ready sooner than a GPU's driver starts.
+    /// built-in model is small enough for the CPU, which has it ready sooner than a GPU's driver starts; and who says how many
+    /// threads compute means the CPU.
     async fn choose(&self, spawn: &WorkerSpawn, tell: &(dyn Fn(Event) + Sync)) -> Result<Device, ErrorBody> {
         let cpu = self.devices.cpu();
-        if self.simulates() || spawn.model == ModelRef::Tinybee {
+        if self.simulates() || spawn.model == ModelRef::Tinybee || spawn.load.threads.is_some() {
             return Ok(cpu);
         }
         let usable = |device: &Device| device.kind == DeviceKind::Cuda && device.unavailable.is_none();
