@@ -4,7 +4,7 @@
 //! change no sum: a row of the residual stream, each head, each half of an MLP.
 
 use half::{bf16, f16};
-use rbee_cuda::{BLOCK, Buffer, Experts, Gpu, Heads, Kv, Linear, Norm, QkNorm, STEP, WIDTHS};
+use rbee_cuda::{Buffer, Experts, Gpu, Heads, Kv, Linear, Norm, QkNorm, STEP, WIDTHS};
 use rbee_kernels::WeightType;
 use rbee_weights::config::{LayerConfig, Mlp, ModelConfig};
 
@@ -253,8 +253,8 @@ impl Opened {
                 })
             }
             (MlpPlan::Experts { router, experts }, Mlp::Experts { normalised, .. }) => {
-                let (gate_up, down): (Vec<_>, Vec<_>) =
-                    experts.iter().map(|expert| expert.padded(dims, width).into()).map(|pair: (_, _)| pair).unzip();
+                let padded = experts.iter().map(|expert| <(_, _)>::from(expert.padded(dims, width)));
+                let (gate_up, down): (Vec<_>, Vec<_>) = padded.unzip();
                 MlpLayer::Experts(MoeLayer {
                     router: self.gpu_linear(gpu, &Padded { matrix: router, rows: NOT, columns: dims.hidden })?,
                     gate_up: self.gpu_experts(gpu, &gate_up)?,
@@ -317,9 +317,4 @@ fn value(kind: WeightType, bytes: &[u8]) -> bf16 {
         (WeightType::F32, [a, b, c, d]) => bf16::from_f32(f32::from_le_bytes([*a, *b, *c, *d])),
         _ => unreachable!("a type has its own size"),
     }
-}
-
-/// Blocks of a sequence of so many positions.
-pub(crate) fn blocks_of(positions: usize) -> usize {
-    positions.div_ceil(BLOCK)
 }

@@ -10,7 +10,7 @@ use rbee_weights::config::ModelConfig;
 use rbee_weights::needs::{Needs, Positions};
 
 use super::decoder::{GpuDecoder, GpuPass, GpuRopes, Room, Scratch};
-use super::loader::{Dims, blocks_of};
+use super::loader::Dims;
 use crate::about::{About, check, regime};
 use crate::decoder::Ropes;
 use crate::error::Error;
@@ -131,7 +131,7 @@ pub fn load_cuda(
         RopeTable::new(&gpu, &usual.cos, &usual.sin, usual.half)
     });
     let ropes = GpuRopes { tables: tables.collect::<Result<_, _>>()?, none: RopeTable::new(&gpu, &[], &[], 0)? };
-    let width = blocks_of(room.context);
+    let width = room.context.div_ceil(BLOCK);
     let rows = Rows::new(&gpu, room.rows, room.sequences, width)?;
     let scratch = Scratch::new(&gpu, &config, &dims, room)?;
     let output = Some(gpu.pinned(room.sequences * config.vocab)?);
@@ -243,7 +243,7 @@ impl CudaRunner {
         self.blocks.clear();
         let mut ends = Vec::with_capacity(pieces.len());
         for piece in pieces {
-            let needed = blocks_of(piece.chunk.start + piece.to);
+            let needed = (piece.chunk.start + piece.to).div_ceil(BLOCK);
             self.blocks.extend(piece.chunk.blocks[..needed].iter().map(|block| block.0));
             ends.push(self.blocks.len());
         }
