@@ -18,6 +18,7 @@ mod keys;
 mod kit;
 mod loading;
 mod metrics;
+mod on_demand;
 mod openai;
 mod openapi;
 mod queue;

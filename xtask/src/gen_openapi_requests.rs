@@ -7,7 +7,9 @@ use rbee_wire::hive::Process;
 use rbee_wire::job::{Message, ToolCall};
 use rbee_wire::key::KeyView;
 use rbee_wire::op::{Built, INFER_FIELDS, OPERATIONS, Operation, OperationRow};
-use rbee_wire::view::{BinaryView, Embedding, HiveView, InfoReply, SpawnView, StatusView, WorkerView};
+use rbee_wire::view::{
+    BinaryView, Embedding, HiveView, InfoReply, LoadedView, PlanView, SpawnView, StatusView, StoredView, WorkerView,
+};
 use schemars::JsonSchema;
 use schemars::generate::SchemaGenerator;
 use serde_json::{Map, Value, json};
@@ -105,6 +107,13 @@ fn result(operation: Operation) -> Option<Make> {
         Operation::WorkerSpawn => of::<SpawnView>,
         Operation::WorkerProcessList | Operation::WorkerProcessGet | Operation::WorkerProcessDelete => of::<Process>,
         Operation::WorkerBinaryList | Operation::WorkerBinaryGet => of::<BinaryView>,
+        Operation::ModelDownload
+        | Operation::ModelList
+        | Operation::ModelGet
+        | Operation::ModelDelete
+        | Operation::ModelImport => of::<StoredView>,
+        Operation::ModelPlan => of::<PlanView>,
+        Operation::ModelLoad | Operation::ModelUnload => of::<LoadedView>,
         Operation::KeyCreate | Operation::KeyList | Operation::KeyRevoke => of::<KeyView>,
         Operation::HiveInstall
         | Operation::HiveUninstall
@@ -112,11 +121,7 @@ fn result(operation: Operation) -> Option<Make> {
         | Operation::SshTest
         | Operation::WorkerBinaryDelete
         | Operation::WorkerDownload
-        | Operation::WorkerBuild
-        | Operation::ModelDownload
-        | Operation::ModelList
-        | Operation::ModelGet
-        | Operation::ModelDelete => return None,
+        | Operation::WorkerBuild => return None,
     };
     Some(make)
 }

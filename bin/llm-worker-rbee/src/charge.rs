@@ -3,7 +3,7 @@
 use rbee_service::random_hex;
 use rbee_wire::ids::DeviceId;
 use rbee_wire::worker::WorkerCharge;
-use rbee_wire::{DeviceSpec, HiveId, Incarnation, WorkerId};
+use rbee_wire::{DeviceSpec, HiveId, Incarnation, KeepAlive, WorkerId};
 
 #[cfg(feature = "cuda")]
 use crate::args::Backend;
@@ -29,6 +29,8 @@ pub fn by_hand(cli: &Cli) -> WorkerCharge {
         model: cli.model.clone(),
         device: DeviceId::new(device).expect("a short word is an id"),
         device_uuid: None,
+        path: None,
+        keep_alive: KeepAlive::Forever,
         load: cli.sizes.clone().into(),
         kv_bytes: None,
     }

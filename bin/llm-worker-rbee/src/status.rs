@@ -181,6 +181,7 @@ impl Status {
             prefill_rate: rates.prefill,
             decode_rate: rates.decode,
             context: loaded.as_ref().map_or(0, |loaded| loaded.engine.limits().context as u64),
+            keep_alive: charge.keep_alive,
             capabilities: Vec::new(),
             version: env!("CARGO_PKG_VERSION").into(),
             build: self.0.build.clone(),

@@ -5,10 +5,11 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use rbee_client::WorkerClient;
-use rbee_scheduler::{Effect, Event as Heard, Scheduler};
-use rbee_wire::event::{Event, NoteLevel};
+use rbee_scheduler::{Effect, Event as Heard, LoadKey, Scheduler};
+use rbee_service::JobLog;
+use rbee_wire::event::{Done, Event, NoteLevel};
 use rbee_wire::view::{HiveView, JobState, WorkerView};
-use rbee_wire::{DeviceSpec, ErrorBody, ErrorCode, HiveId, JobId, ModelRef, WorkerId};
+use rbee_wire::{DeviceId, ErrorBody, ErrorCode, HiveId, JobId, KeepAlive, WorkerId};
 use tokio::sync::{mpsc, oneshot};
 
 use crate::channel::Channel;
@@ -254,8 +255,23 @@ impl Hands {
                 }
             }
             Effect::Reject { job, error } | Effect::Abort { job, error } => self.fail(&job, error, now),
-            Effect::Load { model, device, hive } => self.load(model, device, hive),
+            Effect::Plan { load } => self.plan(load),
+            Effect::Load { load, hive, device, keep_alive } => self.load(load, hive, &device, keep_alive),
+            Effect::Unload { worker, hive, why } => self.unload(worker, hive, why),
+            Effect::Loaded { job, worker } => {
+                if let Some(job) = self.jobs.get(&job) {
+                    job.decide(now, "loaded", format!("{} on {} serves it", worker.worker_id, worker.device));
+                    job.facts().worker = Some(worker.worker_id.clone());
+                    job.log.push(&Event::data(&worker));
+                    job.finish(now, Done::default());
+                }
+            }
             Effect::Forget { worker } => drop(workers.remove(&worker)),
+            Effect::Decided { job, what, why } => {
+                if let Some(job) = self.jobs.get(&job) {
+                    job.decide(now, what, why);
+                }
+            }
             Effect::Note { job, text } => {
                 if let Some(job) = self.jobs.get(&job) {
                     job.decide(now, "note", &text);
@@ -273,17 +289,43 @@ impl Hands {
         }
     }
 
-    /// Asks a hive to load a model, and tells the loop how that goes.
-    fn load(&self, model: ModelRef, device: DeviceSpec, hive: Option<HiveId>) {
+    /// Asks a hive what a load needs, and what its devices have.
+    fn plan(&self, load: LoadKey) {
         let (hives, brain) = (Arc::clone(&self.hives), self.brain.clone());
         tokio::spawn(async move {
-            let hive = hive.unwrap_or_else(HiveId::localhost);
-            tracing::info!(%model, %hive, "loading on demand");
-            let result = hives.load(&brain, &hive, model.clone(), device).await;
+            let result = hives.plan(&brain, &load).await.map(|plan| vec![plan]);
             if let Err(error) = &result {
-                tracing::warn!(%model, code = %error.code, error = error.message, "the load failed");
+                tracing::warn!(model = %load.model, code = %error.code, error = error.message, "the load cannot be planned");
             }
-            brain.tell(Heard::LoadDone { model, result }).await;
+            brain.tell(Heard::Planned { load, result }).await;
+        });
+    }
+
+    /// Asks a hive to load a model, and tells the loop how that goes.
+    fn load(&self, load: LoadKey, hive: HiveId, device: &DeviceId, keep_alive: KeepAlive) {
+        let (hives, brain) = (Arc::clone(&self.hives), self.brain.clone());
+        // A hive names devices as people do.
+        let device = device.as_str().parse().unwrap_or(load.device);
+        tokio::spawn(async move {
+            tracing::info!(model = %load.model, %hive, %device, "loading on demand");
+            let result = hives.load(&brain, &hive, load.model.clone(), device, keep_alive).await;
+            if let Err(error) = &result {
+                tracing::warn!(model = %load.model, code = %error.code, error = error.message, "the load failed");
+            }
+            brain.tell(Heard::LoadDone { load, result }).await;
+        });
+    }
+
+    /// Ends a worker that nobody uses, and tells the loop when it is gone.
+    fn unload(&self, worker: WorkerId, hive: HiveId, why: String) {
+        let (hives, brain) = (Arc::clone(&self.hives), self.brain.clone());
+        tokio::spawn(async move {
+            tracing::info!(%worker, %hive, why, "unloading");
+            let result = hives.retire(&brain, &worker, &JobLog::default()).await;
+            if let Err(error) = &result {
+                tracing::warn!(%worker, code = %error.code, error = error.message, "the worker could not be ended");
+            }
+            brain.tell(Heard::Unloaded { worker, result }).await;
         });
     }
 }

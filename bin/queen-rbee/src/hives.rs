@@ -4,14 +4,16 @@ use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use rbee_client::{ClientError, HiveClient};
-use rbee_scheduler::Event as Heard;
+use rbee_client::{ClientError, HiveClient, WorkerClient};
+use rbee_scheduler::{Event as Heard, LoadKey};
 use rbee_service::{JobLog, port_holder};
 use rbee_supervisor::daemon::{self, DaemonSpec, sibling};
-use rbee_wire::event::Event;
-use rbee_wire::job::WorkerSpawn;
+use rbee_wire::event::{Event, NoteLevel};
+use rbee_wire::job::{ModelPlan, OfProcess, WorkerSpawn};
+use rbee_wire::view::PlanView;
 use rbee_wire::worker::{LoadOptions, LoadProgress};
-use rbee_wire::{DeviceSpec, ErrorBody, ErrorCode, HiveId, JobRequest, ModelRef};
+use rbee_wire::{DeviceSpec, ErrorBody, ErrorCode, HiveId, JobRequest, KeepAlive, ModelRef, WorkerId};
+use serde_json::Value;
 
 use crate::brain::Brain;
 
@@ -122,6 +124,26 @@ impl Hives {
         }
     }
 
+    /// What a load needs, and what the devices of its hive have.
+    ///
+    /// # Errors
+    /// When the model cannot be used there, or the hive does not answer.
+    pub async fn plan(&self, brain: &Brain, load: &LoadKey) -> Result<PlanView, ErrorBody> {
+        let hive_id = load.hive.clone().unwrap_or_else(HiveId::localhost);
+        let client = self.client(brain, &hive_id, Wake::IfNeeded).await?;
+        let plan = ModelPlan {
+            hive_id: hive_id.clone(),
+            model: load.model.clone(),
+            device: load.device,
+            load: LoadOptions::default(),
+        };
+        let mut answer = None;
+        self.follow(brain, &client, &JobRequest::ModelPlan(plan), &load.model, |value| answer = Some(value)).await?;
+        let wrong =
+            |what: &str| ErrorBody::new(ErrorCode::Internal, format!("hive {hive_id} answered a plan with {what}"));
+        serde_json::from_value(answer.ok_or_else(|| wrong("nothing"))?).map_err(|error| wrong(&error.to_string()))
+    }
+
     /// Loads a model on a hive; each step of the load goes to the scheduler.
     ///
     /// # Errors
@@ -132,6 +154,7 @@ impl Hives {
         hive: &HiveId,
         model: ModelRef,
         device: DeviceSpec,
+        keep_alive: KeepAlive,
     ) -> Result<(), ErrorBody> {
         let client = self.client(brain, hive, Wake::IfNeeded).await?;
         let spawn = WorkerSpawn {
@@ -141,15 +164,29 @@ impl Hives {
             replicas: None,
             load: LoadOptions::default(),
             wait: Some(true),
+            keep_alive: Some(keep_alive),
         };
+        self.follow(brain, &client, &JobRequest::WorkerSpawn(spawn), &model, drop).await
+    }
+
+    /// Follows a hive's job for a load to its end: its steps go to the scheduler, its results to `take`.
+    async fn follow(
+        &self,
+        brain: &Brain,
+        client: &HiveClient,
+        job: &JobRequest,
+        model: &ModelRef,
+        mut take: impl FnMut(Value),
+    ) -> Result<(), ErrorBody> {
         let failed = |error: ClientError| error.to_body(ErrorCode::HiveUnreachable);
-        let mut events = client.run_job(&JobRequest::WorkerSpawn(spawn)).await.map_err(failed)?;
+        let mut events = client.run_job(job).await.map_err(failed)?;
         while let Some(event) = events.next().await {
             match event.map_err(failed)?.event {
                 Event::Progress { stage, done, total, unit, .. } => {
                     let progress = LoadProgress { stage, done, total, unit };
                     brain.tell(Heard::LoadProgress { model: model.clone(), progress }).await;
                 }
+                Event::Data { value } => take(value),
                 Event::Error(error) => return Err(error),
                 _ => {}
             }
@@ -157,12 +194,53 @@ impl Hives {
         Ok(())
     }
 
+    /// Lets a worker finish, through its hive, or by itself when no hive has it; what the hive says goes to `log`.
+    ///
+    /// # Errors
+    /// `WORKER_NOT_FOUND`, or that it or its hive does not answer.
+    pub async fn retire(&self, brain: &Brain, worker: &WorkerId, log: &JobLog) -> Result<(), ErrorBody> {
+        let fleet = brain.fleet().await;
+        let gone = || ErrorBody::new(ErrorCode::WorkerNotFound, format!("worker {worker} went away"));
+        let view = fleet.workers.iter().find(|view| &view.worker_id == worker).ok_or_else(gone)?;
+        let process = fleet
+            .hives
+            .iter()
+            .filter(|hive| hive.hive_id == view.hive_id)
+            .flat_map(|hive| &hive.processes)
+            .find(|process| &process.worker_id == worker && process.pid != 0);
+        match process {
+            Some(process) => {
+                let delete =
+                    JobRequest::WorkerProcessDelete(OfProcess { hive_id: view.hive_id.clone(), pid: process.pid });
+                self.forward(brain, &view.hive_id, &delete, log).await
+            }
+            None => {
+                let bearer = brain.bearer(worker).await.ok_or_else(gone)?;
+                let client = WorkerClient::new(&view.url, bearer);
+                client.drain().await.map_err(|error| error.to_body(ErrorCode::WorkerLost))?;
+                log.push(&Event::note(
+                    NoteLevel::Info,
+                    "no hive has this worker; it was asked itself to finish and exit",
+                ));
+                log.push(&Event::data(view));
+                Ok(())
+            }
+        }
+    }
+
     /// Passes one of a hive's operations on and its events back into the job's log, the end left out.
     ///
     /// # Errors
     /// What the hive said, or that it does not answer.
     pub async fn forward(&self, brain: &Brain, hive: &HiveId, job: &JobRequest, log: &JobLog) -> Result<(), ErrorBody> {
-        let wake = if matches!(job, JobRequest::WorkerSpawn(_)) { Wake::IfNeeded } else { Wake::Never };
+        let wakes = matches!(
+            job,
+            JobRequest::WorkerSpawn(_)
+                | JobRequest::ModelPlan(_)
+                | JobRequest::ModelDownload(_)
+                | JobRequest::ModelImport(_)
+        );
+        let wake = if wakes { Wake::IfNeeded } else { Wake::Never };
         let client = self.client(brain, hive, wake).await?;
         let failed = |error: ClientError| error.to_body(ErrorCode::HiveUnreachable);
         let mut events = client.run_job(job).await.map_err(failed)?;

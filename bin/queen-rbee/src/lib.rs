@@ -163,6 +163,8 @@ async fn serve_queen(home: &Home, settings: Settings) -> Result<(), ErrorBody> {
         queue_timeout: Duration::from_millis(settings.queue_timeout_ms.value),
         default_model: settings.default_model.value.clone(),
         policy: Policy::FirstAvailable,
+        keep_alive: settings.keep_alive.value,
+        residency: Duration::from_millis(settings.residency_ms.value),
     });
     let hands = Hands { jobs: jobs.clone(), hives: Arc::clone(&hives), brain: brain.clone() };
     let thinking = tokio::spawn(brain_loop.run(scheduler, hands));

@@ -3,15 +3,14 @@
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use rbee_client::WorkerClient;
 use rbee_scheduler::Event as Heard;
-use rbee_wire::event::{Done, Event, NoteLevel};
-use rbee_wire::hive::Process;
-use rbee_wire::job::{OfProcess, OfWorker};
+use rbee_service::JobLog;
+use rbee_wire::event::{Done, Event};
+use rbee_wire::job::OfWorker;
 use rbee_wire::key::KeyView;
 use rbee_wire::op::Built;
-use rbee_wire::view::{HiveView, InfoReply, StatusView, WorkerView};
-use rbee_wire::{ErrorBody, ErrorCode, HiveId, JobRequest, Operation};
+use rbee_wire::view::{HiveView, InfoReply, LoadedView, StatusView, WorkerView};
+use rbee_wire::{ErrorBody, ErrorCode, HiveId, JobRequest, ModelRef, Operation};
 
 use crate::brain::Brain;
 use crate::hives::{Hives, Wake};
@@ -35,6 +34,16 @@ pub struct Operations {
 
 /// Longest wait for a hive that was just started to be heard of, or for one that was stopped to be gone.
 const SETTLE: Duration = Duration::from_secs(10);
+
+/// A worker as an answer to `model_unload`.
+fn loaded(worker: &WorkerView) -> LoadedView {
+    LoadedView {
+        worker_id: worker.worker_id.clone(),
+        hive_id: worker.hive_id.clone(),
+        model: worker.model.clone(),
+        device: worker.device.clone(),
+    }
+}
 
 impl Operations {
     /// What this queen says of itself now.
@@ -106,6 +115,7 @@ impl Operations {
                 tokio::time::sleep(Duration::from_millis(1050)).await;
                 log.push(&Event::data(&self.settled(&of.alias).await?));
             }
+            JobRequest::ModelUnload(of) => self.unload(&of.model, job).await?,
             JobRequest::KeyCreate(new) => {
                 let new = new.clone();
                 let created = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
@@ -218,36 +228,26 @@ impl Operations {
         Ok(())
     }
 
-    /// Lets a worker finish, through its hive, or by itself when no hive has it.
+    /// Lets a worker finish, then ends it.
     async fn retire(&self, of: &OfWorker, job: &Job) -> Result<(), ErrorBody> {
-        let view = self.worker(of).await?;
-        let fleet = self.brain.fleet().await;
-        let process: Option<Process> = fleet
-            .hives
-            .iter()
-            .filter(|hive| hive.hive_id == view.hive_id)
-            .flat_map(|hive| hive.processes.clone())
-            .find(|process| process.worker_id == of.worker_id && process.pid != 0);
-        match process {
-            Some(process) => {
-                let delete =
-                    JobRequest::WorkerProcessDelete(OfProcess { hive_id: view.hive_id.clone(), pid: process.pid });
-                self.hives.forward(&self.brain, &view.hive_id, &delete, &job.log).await
-            }
-            None => {
-                let Some(bearer) = self.brain.bearer(&of.worker_id).await else {
-                    let message = format!("worker {} went away", of.worker_id);
-                    return Err(ErrorBody::new(ErrorCode::WorkerNotFound, message));
-                };
-                let client = WorkerClient::new(&view.url, bearer);
-                client.drain().await.map_err(|error| error.to_body(ErrorCode::WorkerLost))?;
-                job.log.push(&Event::note(
-                    NoteLevel::Info,
-                    "no hive has this worker; it was asked itself to finish and exit",
-                ));
-                job.log.push(&Event::data(&view));
-                Ok(())
-            }
+        // An unknown one is refused with those there are.
+        self.worker(of).await?;
+        self.hives.retire(&self.brain, &of.worker_id, &job.log).await
+    }
+
+    /// Ends the workers of a model, those of every hive at once.
+    async fn unload(&self, model: &ModelRef, job: &Job) -> Result<(), ErrorBody> {
+        let workers: Vec<WorkerView> =
+            self.brain.fleet().await.workers.into_iter().filter(|worker| &worker.model == model).collect();
+        if workers.is_empty() {
+            return Err(ErrorBody::new(ErrorCode::ModelNotFound, format!("no worker serves {model}")));
         }
+        let scratch = JobLog::default();
+        let ended = workers.iter().map(|worker| self.hives.retire(&self.brain, &worker.worker_id, &scratch));
+        for (worker, ended) in workers.iter().zip(futures::future::join_all(ended).await) {
+            ended?;
+            job.log.push(&Event::data(&loaded(worker)));
+        }
+        Ok(())
     }
 }

@@ -1,10 +1,11 @@
 //! How a request becomes a job, whichever surface it came over, and what becomes of a job that nobody listens to.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rbee_scheduler::{Event as Heard, Want};
+use rbee_scheduler::{Event as Heard, Purpose, Want};
 use rbee_service::{Caller, Listener, current_request_id, current_trace, random_hex};
 use rbee_wire::job::Infer;
 use rbee_wire::{ErrorBody, ErrorCode, JobRequest, ModelRef, RequestId};
@@ -43,6 +44,12 @@ pub async fn submit(
         // Filled in here, so that a retry elsewhere draws the same.
         let seed = || u64::from_str_radix(&random_hex(8), 16).expect("16 hexadecimal digits are a u64");
         infer.generation.seed.get_or_insert_with(seed);
+    }
+    // An unknown alias is refused by whoever carries the operation out.
+    if let Some(model) = model_of(&mut request)
+        && let Ok(resolved) = resolve(&api.aliases, model)
+    {
+        *model = resolved;
     }
     let request_id =
         current_request_id().unwrap_or_else(|| RequestId::new(random_hex(16)).expect("hexadecimal digits make an id"));
@@ -97,12 +104,29 @@ impl Drop for Unclaimed {
 
 /// Sets a new job to work.
 async fn begin(api: &Api, job: &Arc<Job>) -> Result<(), ErrorBody> {
-    let JobRequest::Infer(infer) = &job.request else {
-        tokio::spawn(api.ops.clone().run(Arc::clone(job)));
-        return Ok(());
-    };
+    let owner = job.key.as_ref().map(|key| key.id().clone());
     let now = api.ops.jobs.now();
-    let model = match resolve(api, infer) {
+    let infer = match &job.request {
+        JobRequest::Infer(infer) => infer,
+        JobRequest::ModelLoad(load) => {
+            job.decide(now, "accepted", format!("to load {}", load.model));
+            let want = Want {
+                owner,
+                model: Some(load.model.clone()),
+                device: load.device,
+                hive_id: load.hive_id.clone(),
+                purpose: Purpose::Load,
+                keep_alive: load.keep_alive,
+                ..Want::default()
+            };
+            return api.ops.brain.submit(Heard::Submit { job: job.id.clone(), want }).await;
+        }
+        _ => {
+            tokio::spawn(api.ops.clone().run(Arc::clone(job)));
+            return Ok(());
+        }
+    };
+    let model = match infer.model.as_ref().map(|model| resolve(&api.aliases, model)).transpose() {
         Ok(model) => model,
         Err(error) => {
             job.fail(now, error);
@@ -111,11 +135,13 @@ async fn begin(api: &Api, job: &Arc<Job>) -> Result<(), ErrorBody> {
     };
     job.decide(now, "accepted", model.as_ref().map_or("no model named".into(), |model| format!("for {model}")));
     let want = Want {
-        owner: job.key.as_ref().map(|key| key.id().clone()),
+        owner,
         model,
         device: infer.device,
         worker_id: infer.worker_id.clone(),
         hive_id: infer.hive_id.clone(),
+        purpose: Purpose::Run,
+        keep_alive: infer.keep_alive,
         no_load: no_load(api, job.key.as_deref(), infer),
         deadline: infer.deadline_ms.map(|ms| job.posted + Duration::from_millis(ms)),
     };
@@ -139,16 +165,27 @@ fn no_load(api: &Api, key: Option<&Key>, infer: &Infer) -> Option<&'static str> 
     }
 }
 
-fn resolve(api: &Api, infer: &Infer) -> Result<Option<ModelRef>, ErrorBody> {
-    match &infer.model {
-        Some(ModelRef::Alias(name)) => api.aliases.get(name).cloned().map(Some).ok_or_else(|| {
-            let mut known: Vec<&str> = api.aliases.keys().map(String::as_str).collect();
-            known.push("tinybee");
-            let message = format!("`{name}` is neither a model nor an alias; there is {}", known.join(", "));
-            ErrorBody::new(ErrorCode::ModelNotFound, message)
-                .with_hint("`rbee status` lists what is loaded; a local folder is named by its path, such as ./folder")
-        }),
-        other => Ok(other.clone()),
+/// A model by its own name rather than by an alias.
+fn resolve(aliases: &BTreeMap<String, ModelRef>, model: &ModelRef) -> Result<ModelRef, ErrorBody> {
+    let ModelRef::Alias(name) = model else { return Ok(model.clone()) };
+    aliases.get(name).cloned().ok_or_else(|| {
+        let mut known: Vec<&str> = aliases.keys().map(String::as_str).collect();
+        known.push("tinybee");
+        let message = format!("`{name}` is neither a model nor an alias; there is {}", known.join(", "));
+        ErrorBody::new(ErrorCode::ModelNotFound, message)
+            .with_hint("`rbee status` lists what is loaded; a local folder is named by its path, such as ./folder")
+    })
+}
+
+/// The model that an operation other than `infer` names.
+fn model_of(request: &mut JobRequest) -> Option<&mut ModelRef> {
+    match request {
+        JobRequest::WorkerSpawn(x) => Some(&mut x.model),
+        JobRequest::ModelDownload(x) => Some(&mut x.model),
+        JobRequest::ModelPlan(x) => Some(&mut x.model),
+        JobRequest::ModelLoad(x) => Some(&mut x.model),
+        JobRequest::ModelUnload(x) => Some(&mut x.model),
+        _ => None,
     }
 }
 

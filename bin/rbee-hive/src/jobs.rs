@@ -105,6 +105,9 @@ impl Jobs {
                     log.push(&Event::data(&view));
                 }
             }
+            JobRequest::ModelPlan(plan) => {
+                log.push(&Event::data(&self.spawner.plan(&plan).await?));
+            }
             JobRequest::WorkerProcessList(_) => {
                 for process in supervisor.list() {
                     log.push(&Event::data(&process));

@@ -10,6 +10,7 @@ mod heartbeat;
 mod http;
 mod incarnation;
 mod jobs;
+mod rooms;
 mod spawn;
 
 use std::path::PathBuf;
@@ -101,6 +102,7 @@ async fn serve_hive(cli: &Cli, home: &Home, settings: Settings) -> Result<(), Er
         worker,
         worker_args: cli.worker_args.split_whitespace().map(str::to_owned).collect(),
         slots: settings.slots.value,
+        cpu_memory: Some(settings.cpu_memory_bytes.value).filter(|bytes| *bytes > 0),
         incarnations,
         devices: Arc::clone(&devices),
         supervisor: supervisor.clone(),

@@ -2,29 +2,19 @@
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
 
 use rbee_service::random_hex;
-use rbee_supervisor::{SpawnSpec, Supervisor, run_bounded};
+use rbee_supervisor::{SpawnSpec, Supervisor};
 use rbee_wire::event::{Event, NoteLevel};
 use rbee_wire::hive::{Device, DeviceKind, Process, ProcessState};
 use rbee_wire::job::WorkerSpawn;
-use rbee_wire::view::{SpawnOutcome, SpawnView};
+use rbee_wire::view::{LoadNeeds, SpawnOutcome, SpawnView};
 use rbee_wire::worker::{LoadOptions, WorkerCharge};
 use rbee_wire::{DeviceId, DeviceSpec, ErrorBody, ErrorCode, HiveId, ModelRef, WorkerId};
-use serde_json::json;
 
-use crate::devices::{Devices, meminfo};
+use crate::devices::Devices;
 use crate::incarnation::Incarnations;
-
-/// Upper bound of what the built-in model needs with the default slots, so that a first start need not measure it.
-pub const TINYBEE_NEEDS: u64 = 160 << 20;
-
-/// Context that is proposed where the usual one does not fit.
-const SHORT_CONTEXT: u32 = 2048;
-
-/// Longest time to learn what a model needs.
-const INSPECT: Duration = Duration::from_secs(10);
+use crate::rooms::too_large;
 
 /// What the hive starts workers with.
 pub struct Spawner {
@@ -40,6 +30,8 @@ pub struct Spawner {
     pub worker_args: Vec<String>,
     /// Requests that one worker generates for at once, unless the spawn says otherwise.
     pub slots: u32,
+    /// Most bytes of this machine's memory that models may have, if there is a limit.
+    pub cpu_memory: Option<u64>,
     /// Lives.
     pub incarnations: Arc<Incarnations>,
     /// Devices.
@@ -52,17 +44,6 @@ pub struct Spawner {
     pub reserving: tokio::sync::Mutex<()>,
 }
 
-/// What `llm-worker-rbee inspect` says of a load, in bytes.
-#[derive(Clone, Copy, Debug, serde::Deserialize)]
-struct Needs {
-    /// With KV for every slot's whole context.
-    total: u64,
-    /// With KV for one.
-    least: u64,
-    /// Of the total.
-    kv: u64,
-}
-
 /// What a load may have.
 #[derive(Debug, PartialEq)]
 struct Granted {
@@ -71,23 +52,15 @@ struct Granted {
     kv: Option<u64>,
 }
 
-impl Needs {
-    /// What of `free` bytes the load gets: all it asks for, else less KV and a sixteenth left to others, but never less
-    /// than it can be used with.
-    fn granted(&self, free: u64) -> Option<Granted> {
-        if self.total <= free {
-            return Some(Granted { reserved: self.total, kv: None });
-        }
-        let reserved = self.least.max(free - free / 16).min(self.total);
-        let kv = self.kv.saturating_sub(self.total - reserved);
-        (self.least <= free).then_some(Granted { reserved, kv: Some(kv) })
+/// What of `free` bytes a load gets: all it asks for, else less KV and a sixteenth left to others, but never less than it can
+/// be used with.
+fn granted(needs: &LoadNeeds, free: u64) -> Option<Granted> {
+    if needs.total <= free {
+        return Some(Granted { reserved: needs.total, kv: None });
     }
-}
-
-/// Bytes that a process has for itself alone; 0 when there is none.
-fn anonymous(pid: u32) -> u64 {
-    let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    meminfo(&text, "RssAnon:")
+    let reserved = needs.least.max(free - free / 16).min(needs.total);
+    let kv = needs.kv.saturating_sub(needs.total - reserved);
+    (needs.least <= free).then_some(Granted { reserved, kv: Some(kv) })
 }
 
 fn refuse(code: ErrorCode, message: impl Into<String>) -> ErrorBody {
@@ -135,22 +108,20 @@ impl Spawner {
         let _one = self.reserving.lock().await;
         let named = match spawn.device {
             DeviceSpec::Auto => None,
-            DeviceSpec::Cpu | DeviceSpec::Cuda(_) => Some(self.device(spawn.device)?),
+            DeviceSpec::Cpu | DeviceSpec::Cuda(_) => Some(self.device(spawn.device)?.id),
         };
-        let mut all = self.there(spawn, named.as_ref().map(|device| &device.id));
+        let mut all = self.there(spawn, named.as_ref());
         let wanted = spawn.replicas.unwrap_or(1) as usize;
         if all.len() >= wanted {
             return Ok((SpawnOutcome::Existing, all));
         }
         while all.len() < wanted {
-            let device = match &named {
-                Some(device) => device.clone(),
-                None => self.choose(spawn, tell).await?,
+            let rooms = self.rooms(&spawn.model, spawn.device, &spawn.load).await?;
+            let Some((device, needs, free)) = self.choose(&rooms, tell) else {
+                return Err(too_large(&rooms));
             };
-            let needs = self.needed(&device, &spawn.model, &spawn.load).await?;
-            let free = self.free(&device);
-            let Some(granted) = needs.granted(free) else {
-                return Err(self.too_large(spawn, &device, needs.least, free).await);
+            let Some(granted) = granted(&needs, free) else {
+                return Err(too_large(&rooms));
             };
             let id = &device.id;
             if let Some(kv) = granted.kv {
@@ -181,32 +152,8 @@ impl Spawner {
         Ok((SpawnOutcome::Started, all))
     }
 
-    /// The device for a load that may go anywhere: a GPU that it fits in, the one with most memory free, else the CPU. The
-    /// built-in model is small enough for the CPU, which has it ready sooner than a GPU's driver starts; and who says how many
-    /// threads compute means the CPU.
-    async fn choose(&self, spawn: &WorkerSpawn, tell: &(dyn Fn(Event) + Sync)) -> Result<Device, ErrorBody> {
-        let cpu = self.devices.cpu();
-        if self.simulates() || spawn.model == ModelRef::Tinybee || spawn.load.threads.is_some() {
-            return Ok(cpu);
-        }
-        let usable = |device: &Device| device.kind == DeviceKind::Cuda && device.unavailable.is_none();
-        let mut gpus: Vec<Device> = self.devices.list().into_iter().filter(usable).collect();
-        gpus.sort_by_key(|gpu| std::cmp::Reverse(self.free(gpu)));
-        for gpu in gpus {
-            let reason = match self.needed(&gpu, &spawn.model, &spawn.load).await {
-                Ok(needs) if needs.granted(self.free(&gpu)).is_some() => return Ok(gpu),
-                Ok(needs) => {
-                    format!("it has {} MiB free and the load needs {} MiB", self.free(&gpu) >> 20, needs.least >> 20)
-                }
-                Err(error) => error.message,
-            };
-            tell(Event::note(NoteLevel::Info, format!("not on {}: {reason}", gpu.id)));
-        }
-        Ok(cpu)
-    }
-
     /// The worker's program for a device.
-    fn program(&self, device: &Device) -> PathBuf {
+    pub(crate) fn program(&self, device: &Device) -> PathBuf {
         match (device.kind, self.devices.cuda_worker()) {
             (DeviceKind::Cuda, Some(program)) => program.to_owned(),
             _ => self.worker.clone(),
@@ -248,13 +195,15 @@ impl Spawner {
             model: spawn.model.clone(),
             device: device.id.clone(),
             device_uuid: device.uuid.clone(),
+            path: None,
+            keep_alive: spawn.keep_alive.unwrap_or_default(),
             load: LoadOptions { slots: Some(spawn.load.slots.unwrap_or(slots)), ..spawn.load.clone() },
             kv_bytes,
         }
     }
 
     /// The device that is named, if workers can use it.
-    fn device(&self, wanted: DeviceSpec) -> Result<Device, ErrorBody> {
+    pub(crate) fn device(&self, wanted: DeviceSpec) -> Result<Device, ErrorBody> {
         let id = wanted.to_string();
         let devices = self.devices.list();
         let there = devices.iter().map(|device| device.id.to_string()).collect::<Vec<_>>().join(", ");
@@ -275,7 +224,7 @@ impl Spawner {
         }
     }
 
-    fn check_model(&self, model: &ModelRef) -> Result<(), ErrorBody> {
+    pub(crate) fn check_model(&self, model: &ModelRef) -> Result<(), ErrorBody> {
         if self.simulates() {
             return Ok(());
         }
@@ -297,101 +246,8 @@ impl Spawner {
         }
     }
 
-    fn simulates(&self) -> bool {
+    pub(crate) fn simulates(&self) -> bool {
         self.worker_args.iter().any(|arg| arg == "sim" || arg == "--backend=sim")
-    }
-
-    /// Bytes that the load needs, from the model's own header, read by a worker.
-    async fn needed(&self, device: &Device, model: &ModelRef, load: &LoadOptions) -> Result<Needs, ErrorBody> {
-        let LoadOptions { ctx, slots, kv_type, quantize, .. } = load;
-        let slots = slots.unwrap_or(self.slots);
-        let plain =
-            device.kind == DeviceKind::Cpu && ctx.is_none() && slots <= 8 && kv_type.is_none() && quantize.is_none();
-        if self.simulates() || (*model == ModelRef::Tinybee && plain) {
-            return Ok(Needs { total: TINYBEE_NEEDS, least: TINYBEE_NEEDS, kv: 0 });
-        }
-        let mut command = std::process::Command::new(self.program(device));
-        command.arg("inspect").arg(model.to_string());
-        command.arg("--slots").arg(slots.to_string());
-        for (name, value) in
-            [("--ctx", &ctx.map(|ctx| ctx.to_string())), ("--kv-type", kv_type), ("--quantize", quantize)]
-        {
-            if let Some(value) = value {
-                command.arg(name).arg(value);
-            }
-        }
-        let run = tokio::task::spawn_blocking(move || run_bounded(&mut command, INSPECT, 64 << 10)).await;
-        let failed =
-            |what: String| refuse(ErrorCode::ModelLoadFailed, format!("cannot learn what {model} needs: {what}"));
-        let (code, bytes) = match run {
-            Ok(Ok(done)) => done,
-            Ok(Err(error)) => return Err(failed(error.to_string())),
-            Err(error) => return Err(failed(error.to_string())),
-        };
-        if code != Some(0) {
-            return Err(
-                serde_json::from_slice::<ErrorBody>(&bytes).unwrap_or_else(|_| failed(format!("exit code {code:?}")))
-            );
-        }
-        serde_json::from_slice(&bytes).map_err(|error| failed(error.to_string()))
-    }
-
-    /// Free memory less what is reserved and not yet in use: a worker on the CPU takes its KV page by page as texts come, one on
-    /// a GPU has taken everything when it is ready.
-    fn free(&self, device: &Device) -> u64 {
-        let found = self.devices.list().into_iter().find(|found| found.id == device.id);
-        let measured = found.map_or(0, |found| found.memory_free);
-        let alive = self
-            .supervisor
-            .list()
-            .into_iter()
-            .filter(|process| process.device == device.id && process.state != ProcessState::Exited);
-        let not_taken = |process: Process| match device.kind {
-            DeviceKind::Cpu => process.reserved.saturating_sub(anonymous(process.pid)),
-            DeviceKind::Cuda => match process.state {
-                ProcessState::Ready | ProcessState::Draining => 0,
-                _ => process.reserved,
-            },
-        };
-        measured.saturating_sub(alive.map(not_taken).sum())
-    }
-
-    /// The refusal of a load that needs more than is free, with what of it would fit.
-    async fn too_large(&self, spawn: &WorkerSpawn, device: &Device, needed: u64, free: u64) -> ErrorBody {
-        let ways = |ctx: Option<u32>, quantize: Option<&str>| LoadOptions {
-            ctx: ctx.or(spawn.load.ctx),
-            quantize: quantize.map(str::to_owned).or_else(|| spawn.load.quantize.clone()),
-            ..spawn.load.clone()
-        };
-        let short = Some(spawn.load.ctx.unwrap_or(SHORT_CONTEXT).min(SHORT_CONTEXT));
-        let mut fitting = Vec::new();
-        for load in [ways(None, Some("q8_0")), ways(None, Some("q4_k")), ways(short, Some("q4_k")), ways(short, None)] {
-            // What cannot be inspected is not proposed.
-            if load != spawn.load
-                && let Ok(needed) = self.needed(device, &spawn.model, &load).await
-                && let Some(Granted { reserved: needed, .. }) = needed.granted(free)
-            {
-                fitting.push((load, needed));
-            }
-        }
-        let mib = |bytes: u64| bytes.div_ceil(1 << 20);
-        let message =
-            format!("{} has {} MiB free and the load needs at least {} MiB", device.id, free >> 20, mib(needed));
-        let hint = match fitting.first() {
-            Some((load, needed)) => {
-                let quantize = load.quantize.as_ref().map(|form| format!("--quantize {form}"));
-                let ctx = load.ctx.filter(|_| load.ctx != spawn.load.ctx).map(|ctx| format!("--ctx {ctx}"));
-                let flags: Vec<String> = quantize.into_iter().chain(ctx).collect();
-                format!("with {} it needs {} MiB, which fits", flags.join(" "), mib(*needed))
-            }
-            None => "free memory, or take a smaller model; with fewer bits and a short context it does not fit either"
-                .into(),
-        };
-        let fitting = fitting.iter().map(|(load, needed)| json!({ "load": load, "needed": needed }));
-        let fitting: Vec<_> = fitting.collect();
-        refuse(ErrorCode::InsufficientMemory, message)
-            .with_hint(hint)
-            .with_details(json!({ "needed": needed, "free": free, "would_fit": fitting }))
     }
 
     /// Follows a worker until it serves.
@@ -452,23 +308,16 @@ mod tests {
 
     #[test]
     fn a_load_gets_all_it_asks_for_or_less_kv_or_nothing() {
-        let needs = Needs { total: 1000, least: 300, kv: 800 };
-        let granted = |reserved, kv| Some(Granted { reserved, kv });
-        assert_eq!(needs.granted(1000), granted(1000, None));
-        assert_eq!(needs.granted(999), granted(937, Some(737)));
-        assert_eq!(needs.granted(310), granted(300, Some(100)));
-        assert_eq!(needs.granted(299), None);
+        let needs = LoadNeeds { total: 1000, least: 300, kv: 800, ..LoadNeeds::default() };
+        let gets = |reserved, kv| Some(Granted { reserved, kv });
+        assert_eq!(granted(&needs, 1000), gets(1000, None));
+        assert_eq!(granted(&needs, 999), gets(937, Some(737)));
+        assert_eq!(granted(&needs, 310), gets(300, Some(100)));
+        assert_eq!(granted(&needs, 299), None);
         // Weights and working memory are the same 200 bytes each time.
         for free in 300..1100 {
-            let got = needs.granted(free).unwrap();
+            let got = granted(&needs, free).unwrap();
             assert!(got.reserved <= free && got.reserved == 200 + got.kv.unwrap_or(800), "{free}: {got:?}");
         }
-    }
-
-    #[test]
-    fn memory_of_a_process_is_its_own() {
-        let own = std::hint::black_box(vec![1u8; 32 << 20]);
-        assert!(anonymous(std::process::id()) >= own.len() as u64);
-        assert_eq!(anonymous(u32::MAX), 0);
     }
 }

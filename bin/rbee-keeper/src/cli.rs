@@ -3,7 +3,7 @@
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 use clap_complete::Shell;
-use rbee_wire::{DeviceSpec, HiveId, JobId, KeyId, Scope, WorkerId};
+use rbee_wire::{DeviceSpec, HiveId, JobId, KeepAlive, KeyId, Scope, WorkerId};
 
 /// Your own machines as one private LLM endpoint.
 #[derive(Debug, Parser)]
@@ -94,6 +94,8 @@ pub enum Verb {
     Key(KeyVerb),
     /// Why a job went the way it went
     Explain(JobArgs),
+    /// What a model would need on each device, and what is free there
+    Plan(PlanArgs),
     /// Same as `model download`
     Pull(ModelArgs),
     /// Same as `model list`
@@ -101,7 +103,9 @@ pub enum Verb {
     /// Same as `model get`
     Show(StoredArgs),
     /// Same as `model delete`
-    Rm(StoredArgs),
+    Rm(RemoveArgs),
+    /// Same as `model unload`
+    Stop(UnloadArgs),
     /// The merged settings and where each came from
     Config,
     /// Check this machine: folders, ports, programs, limits, daemons
@@ -160,6 +164,9 @@ pub struct AnswerArgs {
     /// Do not load the model when no worker serves it
     #[arg(long)]
     pub no_load: bool,
+    /// How long the model stays loaded afterwards: 5m, seconds, 0, or -1 for ever
+    #[arg(long, value_name = "TIME", allow_negative_numbers = true)]
+    pub keep_alive: Option<KeepAlive>,
 }
 
 /// How one text is generated and shown.
@@ -373,6 +380,9 @@ pub struct SpawnArgs {
     /// Keep the weights with fewer bits: q8_0, q4_k
     #[arg(long, value_name = "T")]
     pub quantize: Option<String>,
+    /// How long it stays when nobody uses it: 5m, seconds, 0; until it is retired unless given
+    #[arg(long, value_name = "TIME", allow_negative_numbers = true)]
+    pub keep_alive: Option<KeepAlive>,
     /// Return when the worker is ready, which is the default
     #[arg(long, overrides_with = "no_wait")]
     pub wait: bool,
@@ -452,7 +462,90 @@ pub enum ModelVerb {
     Get(StoredArgs),
     /// Remove a model from the store
     #[command(visible_alias = "rm")]
-    Delete(StoredArgs),
+    Delete(RemoveArgs),
+    /// Load a model where it fits, and return when it serves
+    Load(LoadArgs),
+    /// Let the workers of a model finish, then end them
+    #[command(visible_alias = "stop")]
+    Unload(UnloadArgs),
+    /// Take a folder or .gguf file of this machine into the store
+    Import(ImportArgs),
+}
+
+/// `rbee plan`.
+#[derive(Args, Clone, Debug)]
+pub struct PlanArgs {
+    /// The model: tinybee, org/name, a folder
+    #[arg(value_name = "REF")]
+    pub model: String,
+    /// Only this device: cpu, cuda:N
+    #[arg(long, value_name = "D", default_value = "auto")]
+    pub device: DeviceSpec,
+    /// Context length in tokens; the model's own unless given
+    #[arg(long, value_name = "N")]
+    pub ctx: Option<u32>,
+    /// Requests that the worker generates for at once
+    #[arg(long, value_name = "N")]
+    pub slots: Option<u32>,
+    /// Type of the KV cache: f32, f16, bf16, q8_0
+    #[arg(long, value_name = "T")]
+    pub kv_type: Option<String>,
+    /// Keep the weights with fewer bits: q8_0, q4_k
+    #[arg(long, value_name = "T")]
+    pub quantize: Option<String>,
+    /// Which hive.
+    #[command(flatten)]
+    pub on: OnHive,
+}
+
+/// `rbee model load`.
+#[derive(Args, Clone, Debug)]
+pub struct LoadArgs {
+    /// The model: tinybee, org/name, a folder
+    #[arg(value_name = "REF")]
+    pub model: String,
+    /// Only on this device: cpu, cuda:N
+    #[arg(long, value_name = "D")]
+    pub device: Option<DeviceSpec>,
+    /// Only on this hive
+    #[arg(short = 'a', long, visible_alias = "host", value_name = "ID")]
+    pub hive: Option<HiveId>,
+    /// How long it stays when nobody uses it: 5m, seconds, or -1 for ever
+    #[arg(long, value_name = "TIME", allow_negative_numbers = true)]
+    pub keep_alive: Option<KeepAlive>,
+}
+
+/// A model to unload.
+#[derive(Args, Clone, Debug)]
+pub struct UnloadArgs {
+    /// The model, as `rbee status` shows it
+    #[arg(value_name = "REF")]
+    pub model: String,
+}
+
+/// `rbee model import`.
+#[derive(Args, Clone, Debug)]
+pub struct ImportArgs {
+    /// A folder of model files, or a .gguf file
+    #[arg(value_name = "PATH")]
+    pub path: String,
+    /// The name it gets, org/name; local/ and the path's last part unless given
+    #[arg(long = "as", value_name = "ORG/NAME")]
+    pub name: Option<String>,
+    /// Which hive.
+    #[command(flatten)]
+    pub on: OnHive,
+}
+
+/// A model to remove from the store.
+#[derive(Args, Clone, Debug)]
+pub struct RemoveArgs {
+    /// Which model.
+    #[command(flatten)]
+    pub of: StoredArgs,
+    /// Do not ask
+    #[arg(short, long)]
+    pub yes: bool,
 }
 
 /// One model.
@@ -469,7 +562,8 @@ pub struct ModelArgs {
 /// One model of the store.
 #[derive(Args, Clone, Debug)]
 pub struct StoredArgs {
-    /// Its id in the store
+    /// The model, as `rbee model list` shows it
+    #[arg(value_name = "REF")]
     pub id: String,
     /// Which hive.
     #[command(flatten)]

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use crate::ids::{MAX_ID, check_id};
+use crate::keep_alive::KeepAlive;
 use crate::model::{DeviceSpec, ModelRef};
 
 /// One field of a request.
@@ -69,7 +70,7 @@ pub enum Kind {
     ToolChoice,
     /// Any JSON value, checked where it is used.
     Any,
-    /// Milliseconds, seconds or a text like `5m`, as `keep_alive` has it.
+    /// How long a model stays loaded: seconds, a text like `5m`, or -1.
     KeepAlive,
 }
 
@@ -196,11 +197,7 @@ fn problem(value: &Value, kind: Kind) -> Option<String> {
             _ => wrong("`auto` or `none`; calls cannot be forced by this build"),
         },
         Kind::Any => None,
-        Kind::KeepAlive => {
-            let good = value.as_f64().is_some_and(|seconds| (-1.0..=1e9).contains(&seconds))
-                || value.as_str().is_some_and(|text| !text.is_empty() && text.len() <= 16);
-            (!good).then(|| "must be seconds, -1, or a text such as `5m`".into())
-        }
+        Kind::KeepAlive => KeepAlive::try_from(value.clone()).err().map(|error| error.to_string()),
     }
 }
 

@@ -10,6 +10,7 @@ use crate::body::parse_object;
 use crate::error::{ErrorBody, ErrorCode};
 use crate::fields::{self, Violation};
 use crate::ids::{HiveId, JobId, KeyId, WorkerId};
+use crate::keep_alive::KeepAlive;
 use crate::key::KeyCreate;
 use crate::model::{DeviceSpec, ModelRef};
 use crate::op::{OPERATIONS, Operation, Target};
@@ -79,6 +80,14 @@ pub enum JobRequest {
     ModelGet(OfStored),
     /// Removes a model of the store.
     ModelDelete(OfStored),
+    /// What a load would need, and what is there.
+    ModelPlan(ModelPlan),
+    /// Loads a model where it fits.
+    ModelLoad(ModelLoad),
+    /// Unloads a model.
+    ModelUnload(ModelUnload),
+    /// Takes files of this machine into the store.
+    ModelImport(ModelImport),
     /// Makes a key.
     KeyCreate(KeyCreate),
     /// Lists the keys.
@@ -177,6 +186,60 @@ pub struct WorkerSpawn {
     /// Whether the job ends when the worker is ready, which is the default, or when it was started.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wait: Option<bool>,
+    /// How long it stays when nobody uses it; until it is retired unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_alive: Option<KeepAlive>,
+}
+
+/// A model on a device, as it would be loaded.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct ModelPlan {
+    /// `localhost` unless given.
+    #[serde(default = "HiveId::localhost")]
+    pub hive_id: HiveId,
+    /// The model.
+    pub model: ModelRef,
+    /// Where.
+    #[serde(default)]
+    pub device: DeviceSpec,
+    /// How it would be loaded.
+    #[serde(flatten)]
+    pub load: LoadOptions,
+}
+
+/// A model that is to be loaded where it fits, or unloaded.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct ModelLoad {
+    /// The model.
+    pub model: ModelRef,
+    /// Where; anywhere unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<DeviceSpec>,
+    /// On which hive; any unless given.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hive_id: Option<HiveId>,
+    /// How long it stays when nobody uses it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub keep_alive: Option<KeepAlive>,
+}
+
+/// A model that is to be unloaded.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct ModelUnload {
+    /// The model.
+    pub model: ModelRef,
+}
+
+/// Files of this machine that are to become a model of the store.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct ModelImport {
+    /// `localhost` unless given.
+    #[serde(default = "HiveId::localhost")]
+    pub hive_id: HiveId,
+    /// A folder or a `.gguf` file by its absolute path.
+    pub model: ModelRef,
+    /// The name it gets, `org/name`.
+    pub id: String,
 }
 
 /// One message of a chat.
@@ -344,9 +407,9 @@ pub struct Infer {
     /// Only workers of this hive.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hive_id: Option<HiveId>,
-    /// How long the model stays loaded afterwards.
+    /// How long the model stays loaded afterwards; as before unless given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub keep_alive: Option<Value>,
+    pub keep_alive: Option<KeepAlive>,
     /// Most milliseconds from the post to the end.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub deadline_ms: Option<u64>,
@@ -466,6 +529,10 @@ impl JobRequest {
             Self::ModelList(_) => Operation::ModelList,
             Self::ModelGet(_) => Operation::ModelGet,
             Self::ModelDelete(_) => Operation::ModelDelete,
+            Self::ModelPlan(_) => Operation::ModelPlan,
+            Self::ModelLoad(_) => Operation::ModelLoad,
+            Self::ModelUnload(_) => Operation::ModelUnload,
+            Self::ModelImport(_) => Operation::ModelImport,
             Self::KeyCreate(_) => Operation::KeyCreate,
             Self::KeyList {} => Operation::KeyList,
             Self::KeyRevoke(_) => Operation::KeyRevoke,
@@ -482,6 +549,8 @@ impl JobRequest {
                 &x.hive_id
             }
             Self::ModelDownload(x) => &x.hive_id,
+            Self::ModelPlan(x) => &x.hive_id,
+            Self::ModelImport(x) => &x.hive_id,
             Self::ModelGet(x) | Self::ModelDelete(x) => &x.hive_id,
             _ => return None,
         };
@@ -520,6 +589,7 @@ pub fn check_infer(map: &Map<String, Value>, found: &mut Vec<Violation>) {
             "deadline_ms",
             "detach",
             "no_load",
+            "keep_alive",
             "stream",
             "seed",
         ];
@@ -549,9 +619,6 @@ pub fn check_infer(map: &Map<String, Value>, found: &mut Vec<Violation>) {
     }
     if given("tools") && !given("messages") {
         found.push(violation("tools", "needs `messages`"));
-    }
-    if given("keep_alive") {
-        found.push(violation("keep_alive", "is not supported by this build"));
     }
 }
 
@@ -652,7 +719,7 @@ mod tests {
                         "[{\"type\":\"function\",\"function\":{\"name\":\"a\"}},{\"type\":\"function\",\"function\":{\"name\":\"a\"}}]",
                     ],
                     Kind::ToolChoice => &["1", "\"required\"", "{\"type\":\"function\",\"function\":{\"name\":\"a\"}}"],
-                    Kind::KeepAlive => &["-2", "\"\"", "[]"],
+                    Kind::KeepAlive => &["\"5x\"", "\"\"", "[]"],
                     Kind::Any => &["[]"],
                 };
                 for value in wrong {

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::fields::{Field, Kind, MAX_TEXT, Need};
 use crate::key::{Access, Scope};
+use crate::model::MAX_MODEL_REF;
 
 /// Who carries an operation out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,7 +81,34 @@ const ON_HIVE: &[Field] = &[HIVE];
 const PID: &[Field] = &[HIVE, required("pid", Kind::Int(1, u32::MAX as u64), "a process of the hive's own")];
 const WORKER_TYPE: &[Field] = &[HIVE, required("worker_type", Kind::Id, "the kind of worker: `cpu`, `cuda`, `sim`")];
 const MODEL: &[Field] = &[HIVE, required("model", Kind::Model, "the model")];
-const MODEL_ID: &[Field] = &[HIVE, required("id", Kind::Id, "the model in the store")];
+const MODEL_ID: &[Field] = &[HIVE, required("id", Kind::Text(MAX_MODEL_REF), "the model in the store")];
+const KEEP_ALIVE: Field =
+    optional("keep_alive", Kind::KeepAlive, "how long it stays when nobody uses it: seconds, `5m`, 0, or -1 for ever");
+const PLAN_FIELDS: &[Field] = &[
+    HIVE,
+    required("model", Kind::Model, "the model"),
+    optional("device", Kind::Device, "the device; all unless given"),
+    CTX,
+    SLOTS,
+    KV_TYPE,
+    QUANTIZE,
+];
+const LOAD_FIELDS: &[Field] = &[
+    required("model", Kind::Model, "the model"),
+    optional("device", Kind::Device, "the device; where it fits unless given"),
+    optional("hive_id", Kind::Id, "the hive; any unless given"),
+    KEEP_ALIVE,
+];
+const UNLOAD_FIELDS: &[Field] = &[required("model", Kind::Model, "the model")];
+const IMPORT_FIELDS: &[Field] = &[
+    HIVE,
+    required("model", Kind::Model, "a folder or a `.gguf` file by its absolute path"),
+    required("id", Kind::Text(MAX_MODEL_REF), "the name that it gets, `org/name`"),
+];
+const CTX: Field = optional("ctx", Kind::Int(16, 1 << 24), "context length in tokens; the model's own unless given");
+const SLOTS: Field = optional("slots", Kind::Int(1, 1024), "requests that one worker generates for at once");
+const KV_TYPE: Field = optional("kv_type", Kind::Id, "type of the KV cache: `f32`, `f16`, `bf16` or `q8_0`");
+const QUANTIZE: Field = optional("quantize", Kind::Id, "keep the weights with fewer bits: `q8_0` or `q4_k`");
 const IMPORT_SSH: &[Field] = &[optional("ssh_config_path", Kind::Text(4096), "the ssh client's config file")];
 const SSH_TEST: &[Field] = &[required("alias", Kind::Id, "the host in the ssh client's config")];
 
@@ -100,11 +128,12 @@ pub const SPAWN_FIELDS: &[Field] = &[
     optional("worker", Kind::Id, "the device's kind, `cpu` or `cuda`, with its index in `device`"),
     optional("device", Kind::Any, "`auto`, `cpu` or `cuda:N`; or an index beside `worker`"),
     optional("replicas", Kind::Int(1, 64), "how many workers shall serve the model on this device in all"),
-    optional("ctx", Kind::Int(16, 1 << 24), "context length in tokens; the model's own unless given"),
-    optional("slots", Kind::Int(1, 1024), "requests that one worker generates for at once"),
+    CTX,
+    SLOTS,
     optional("threads", Kind::Int(1, 1024), "compute threads; the physical cores unless given"),
-    optional("kv_type", Kind::Id, "type of the KV cache: `f32`, `f16`, `bf16` or `q8_0`"),
-    optional("quantize", Kind::Id, "keep the weights with fewer bits: `q8_0` or `q4_k`"),
+    KV_TYPE,
+    QUANTIZE,
+    KEEP_ALIVE,
     optional("wait", Kind::Bool, "whether the job ends when the worker is ready (true) or started"),
 ];
 
@@ -179,6 +208,10 @@ operations! {
     ModelList "model_list" Hive Admin No "rbee model list" "Lists the store's models." ON_HIVE;
     ModelGet "model_get" Hive Admin No "rbee model get" "Shows one model of the store." MODEL_ID;
     ModelDelete "model_delete" Hive Admin No "rbee model delete" "Removes a model from the store." MODEL_ID;
+    ModelPlan "model_plan" Hive Admin Yes "rbee plan" "What a model would need on each device, and what is free there." PLAN_FIELDS;
+    ModelLoad "model_load" Queen Admin Yes "rbee model load" "Loads a model where it fits, and ends when it serves." LOAD_FIELDS;
+    ModelUnload "model_unload" Queen Admin Yes "rbee model unload" "Lets the workers of a model finish, then ends them." UNLOAD_FIELDS;
+    ModelImport "model_import" Hive Admin No "rbee model import" "Takes files of this machine into the store." IMPORT_FIELDS;
     KeyCreate "key_create" Queen Admin Yes "rbee key create" "Makes a key, whose secret only its owner has." KEY_FIELDS;
     KeyList "key_list" Queen Admin Yes "rbee key list" "Lists the keys." NONE;
     KeyRevoke "key_revoke" Queen Admin Yes "rbee key revoke" "Closes a key at once, and cancels the answers it has under way." KEY_ID;
@@ -206,8 +239,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_table_has_the_operations_of_the_protocol_and_of_keys_under_their_own_names() {
-        assert_eq!(OPERATIONS.len(), 28 + 3);
+    fn the_table_has_the_operations_of_the_protocol_of_models_and_of_keys_under_their_own_names() {
+        assert_eq!(OPERATIONS.len(), 28 + 4 + 3);
         for row in OPERATIONS {
             assert_eq!(serde_json::to_value(row.op).unwrap(), row.name);
             let mut names: Vec<_> = row.fields.iter().map(|field| field.name).collect();

@@ -7,9 +7,10 @@ use crate::error::ErrorBody;
 use crate::event::{Timings, Usage};
 use crate::hive::{Device, Process};
 use crate::ids::{DeviceId, HiveId, Incarnation, JobId, KeyId, WorkerId};
+use crate::keep_alive::KeepAlive;
 use crate::model::ModelRef;
 use crate::op::Operation;
-use crate::worker::{LoadProgress, UsedOf, WorkerMemory, WorkerState};
+use crate::worker::{LoadOptions, LoadProgress, UsedOf, WorkerMemory, WorkerState};
 
 /// One active worker as the queen sees it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
@@ -53,6 +54,12 @@ pub struct WorkerView {
     pub prefill_rate: f64,
     /// Tokens a second in decode.
     pub decode_rate: f64,
+    /// Milliseconds until it is unloaded if nobody uses it; absent while it is in use or stays for ever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub unload_ms: Option<u64>,
+    /// How long it stays when nobody uses it.
+    #[serde(default)]
+    pub keep_alive: KeepAlive,
     /// Its release.
     pub version: String,
 }
@@ -184,6 +191,141 @@ pub struct SpawnView {
     pub device: DeviceId,
     /// Its process.
     pub pid: u32,
+}
+
+/// What a load needs on a device, in bytes, from the model's own headers.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct LoadNeeds {
+    /// Weights.
+    pub weights: u64,
+    /// KV of one token.
+    pub kv_per_token: u64,
+    /// KV in all: a whole context for each slot.
+    pub kv: u64,
+    /// Working memory of a step, and the process itself.
+    pub scratch: u64,
+    /// All of it.
+    pub total: u64,
+    /// All of it with KV for one sequence of the whole context: with less the model cannot be used as asked.
+    pub least: u64,
+    /// Most tokens of one sequence.
+    pub context: u64,
+}
+
+/// Memory that a worker has on a device, or is to have.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Held {
+    /// The worker.
+    pub worker_id: WorkerId,
+    /// Its model.
+    pub model: ModelRef,
+    /// Bytes that are free when it is gone.
+    pub bytes: u64,
+}
+
+/// A way to load a model that fits.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct WouldFit {
+    /// How it is loaded.
+    pub load: LoadOptions,
+    /// Bytes that it needs then.
+    pub needed: u64,
+    /// The flags that ask for it.
+    pub flags: String,
+}
+
+/// A device as a load finds it.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct Room {
+    /// The device.
+    pub device: DeviceId,
+    /// Bytes of memory in all.
+    pub total: u64,
+    /// Bytes that a load may take: free as measured, less what is reserved and not yet in use.
+    pub free: u64,
+    /// What the load needs there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub needs: Option<LoadNeeds>,
+    /// Most tokens of one sequence that fit into what is free, if any do.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub context_fits: Option<u64>,
+    /// Why the model cannot be loaded there, whatever is free.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
+    /// Where it does not fit: other ways to load it that do.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub would_fit: Vec<WouldFit>,
+    /// What workers have there.
+    #[serde(default)]
+    pub held: Vec<Held>,
+}
+
+impl Room {
+    /// Whether the load fits into what is free.
+    pub fn fits(&self) -> bool {
+        self.needs.is_some_and(|needs| needs.least <= self.free)
+    }
+}
+
+/// What a load of a model would need, and what is there.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct PlanView {
+    /// The model.
+    pub model: ModelRef,
+    /// The hive.
+    pub hive_id: HiveId,
+    /// Its devices that may be used for it, the best first.
+    pub rooms: Vec<Room>,
+}
+
+/// A file of a model in the store.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct StoredFile {
+    /// Its path in the repository.
+    pub name: String,
+    /// Its size.
+    pub bytes: u64,
+}
+
+/// A model of a hive's store.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
+pub struct StoredView {
+    /// The name that loads it.
+    pub id: String,
+    /// The hive.
+    pub hive_id: HiveId,
+    /// The commit that the files are of.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub commit: Option<String>,
+    /// Bytes that it has for itself on the disk.
+    pub bytes: u64,
+    /// Whether every file that a load needs is there.
+    pub complete: bool,
+    /// Milliseconds since it was last used, where the file system says so.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub used_ms: Option<u64>,
+    /// Where it lies.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// Its files; only where one model is asked for.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub files: Vec<StoredFile>,
+    /// The workers of this hive that have it loaded.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub workers: Vec<WorkerId>,
+}
+
+/// What `model_load` and `model_unload` did to a worker.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct LoadedView {
+    /// The worker.
+    pub worker_id: WorkerId,
+    /// Its hive.
+    pub hive_id: HiveId,
+    /// Its model.
+    pub model: ModelRef,
+    /// Its device.
+    pub device: DeviceId,
 }
 
 /// The embedding of one text: the mean of the model's hidden states over its tokens, of length 1.

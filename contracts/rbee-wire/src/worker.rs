@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::error::ErrorBody;
 use crate::ids::{DeviceId, HiveId, Incarnation, JobId, RequestId, TraceParent, WorkerId};
 use crate::job::Generation;
+use crate::keep_alive::KeepAlive;
 use crate::key::Tenant;
 use crate::model::ModelRef;
 
@@ -28,7 +29,7 @@ pub enum WorkerState {
 /// How far a load is.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct LoadProgress {
-    /// `start`, `load`, `warm_up`.
+    /// `download`, `start`, `load`, `warm_up`.
     pub stage: String,
     /// How much is done.
     pub done: u64,
@@ -123,6 +124,9 @@ pub struct WorkerHeartbeat {
     /// Most tokens of one sequence.
     #[serde(default)]
     pub context: u64,
+    /// How long it stays when nobody uses it, as it was started.
+    #[serde(default)]
+    pub keep_alive: KeepAlive,
     /// What it can do beside text: none yet.
     #[serde(default)]
     pub capabilities: Vec<String>,
@@ -255,6 +259,12 @@ pub struct WorkerCharge {
     /// A GPU's own id: where it is given, the device's number is not looked at.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device_uuid: Option<String>,
+    /// Where the model's files lie, when that is not what its name says.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path: Option<String>,
+    /// How long it stays when nobody uses it; the queen sees to it.
+    #[serde(default)]
+    pub keep_alive: KeepAlive,
     /// How the model is loaded.
     #[serde(flatten)]
     pub load: LoadOptions,

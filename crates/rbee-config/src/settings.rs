@@ -5,7 +5,7 @@ use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
-use rbee_wire::ModelRef;
+use rbee_wire::{KeepAlive, ModelRef};
 
 use crate::home::Home;
 
@@ -144,7 +144,7 @@ macro_rules! parsed_value {
     )*};
 }
 
-parsed_value!(SocketAddr: "an address such as 127.0.0.1:7833", u64: "a whole number", u32: "a whole number", String: "a text");
+parsed_value!(SocketAddr: "an address such as 127.0.0.1:7833", u64: "a whole number", u32: "a whole number", KeepAlive: "seconds, -1, or a text such as 5m", String: "a text");
 
 impl Value for Option<String> {
     fn read(text: &str) -> Result<Self, String> {
@@ -219,6 +219,9 @@ settings! {
     job_kept_ms: u64 = "300000", "RBEE_JOB_KEPT_MS", false, "milliseconds a job's log is kept after its end";
     job_log_bytes: u64 = "67108864", "RBEE_JOB_LOG_BYTES", false, "bytes of job logs kept in all";
     slots: u32 = "8", "RBEE_SLOTS", false, "requests that one worker generates for at once, unless the spawn says otherwise";
+    cpu_memory_bytes: u64 = "0", "RBEE_CPU_MEMORY_BYTES", false, "most bytes of this machine's memory that models may have; 0 is all that is free";
+    keep_alive: KeepAlive = "5m", "RBEE_KEEP_ALIVE", false, "how long a model that was loaded on demand stays when nobody uses it: `5m`, seconds, 0, or -1 for ever";
+    residency_ms: u64 = "5000", "RBEE_RESIDENCY_MS", false, "least milliseconds that a model stays before it leaves for another";
     drain_ms: u64 = "30000", "RBEE_DRAIN_MS", false, "most milliseconds that a stopping daemon lets its jobs finish";
     log: String = "info", "RBEE_LOG", false, "what is logged: error, warn, info, debug, trace, or a filter";
 }

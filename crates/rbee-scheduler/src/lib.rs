@@ -2,24 +2,27 @@
 //!
 //! Pure: time is an argument, and whatever is to be done is an [`Effect`] that the queen's one loop carries out. A test
 //! is a script, a simulation the same code on another clock. Start reading at [`Scheduler::handle`]; [`registry`] has
-//! what heartbeats mean, [`policy`] which worker gets a job.
+//! what heartbeats mean, [`policy`] which worker gets a job, [`place`](place::place) where a load goes and who leaves for it.
 //!
 //! Invariants
-//! - Every submitted job ends in exactly one of `Reject`, `Abort`, `Ended` or `Cancel`.
+//! - Every submitted job ends in exactly one of `Reject`, `Abort`, `Loaded`, `Ended` or `Cancel`.
 //! - A worker never has more dispatches than slots.
 //! - No more jobs wait than the limit says.
 //! - While two owners' jobs wait for the same slots, the next goes to the one who has fewer running.
 
+pub mod place;
 pub mod policy;
 pub mod registry;
 
+mod loads;
 mod scheduler;
 
 use std::time::Duration;
 
 use rbee_wire::hive::HiveHeartbeat;
+use rbee_wire::view::{LoadedView, PlanView};
 use rbee_wire::worker::{LoadProgress, WorkerHeartbeat};
-use rbee_wire::{DeviceSpec, ErrorBody, HiveId, JobId, KeyId, ModelRef, WorkerId};
+use rbee_wire::{DeviceId, DeviceSpec, ErrorBody, HiveId, JobId, KeepAlive, KeyId, ModelRef, WorkerId};
 
 pub use policy::Policy;
 pub use scheduler::Scheduler;
@@ -35,6 +38,31 @@ pub struct Config {
     pub default_model: Option<ModelRef>,
     /// Which worker gets a job.
     pub policy: Policy,
+    /// How long a model that was loaded on demand stays when nobody uses it.
+    pub keep_alive: KeepAlive,
+    /// How long a model stays at least before it leaves for another.
+    pub residency: Duration,
+}
+
+/// What a load is for: the model, and where it is wanted.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct LoadKey {
+    /// The model.
+    pub model: ModelRef,
+    /// On which device; any with [`DeviceSpec::Auto`].
+    pub device: DeviceSpec,
+    /// On which hive; any unless given.
+    pub hive: Option<HiveId>,
+}
+
+/// What a job is for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Purpose {
+    /// It runs on a worker.
+    #[default]
+    Run,
+    /// It ends when a worker serves the model.
+    Load,
 }
 
 /// What a job wants.
@@ -50,6 +78,10 @@ pub struct Want {
     pub worker_id: Option<WorkerId>,
     /// Only workers of this hive.
     pub hive_id: Option<HiveId>,
+    /// What it is for.
+    pub purpose: Purpose,
+    /// How long its model stays afterwards; as before unless given.
+    pub keep_alive: Option<KeepAlive>,
     /// Do not load the model: what to do instead.
     pub no_load: Option<&'static str>,
     /// When it must have ended, on the queen's clock.
@@ -109,10 +141,24 @@ pub enum Event {
         /// How far.
         progress: LoadProgress,
     },
+    /// What a load needs is known, and what the devices have; its model's files are there.
+    Planned {
+        /// The load.
+        load: LoadKey,
+        /// What the hives said.
+        result: Result<Vec<PlanView>, ErrorBody>,
+    },
     /// A load that was asked for has ended.
     LoadDone {
-        /// Of this model.
-        model: ModelRef,
+        /// The load.
+        load: LoadKey,
+        /// How.
+        result: Result<(), ErrorBody>,
+    },
+    /// A worker that was to be ended is gone, or could not be ended.
+    Unloaded {
+        /// The worker.
+        worker: WorkerId,
         /// How.
         result: Result<(), ErrorBody>,
     },
@@ -180,19 +226,51 @@ pub enum Effect {
         /// Why.
         error: ErrorBody,
     },
-    /// Load a model.
+    /// Find out what a load needs and what the devices have; fetch its model's files before, if need be.
+    Plan {
+        /// The load.
+        load: LoadKey,
+    },
+    /// Load a model here.
     Load {
-        /// The model.
-        model: ModelRef,
-        /// Where.
-        device: DeviceSpec,
-        /// On which hive; any unless given.
-        hive: Option<HiveId>,
+        /// The load.
+        load: LoadKey,
+        /// On which hive.
+        hive: HiveId,
+        /// On which of its devices.
+        device: DeviceId,
+        /// How long it stays when nobody uses it.
+        keep_alive: KeepAlive,
+    },
+    /// End a worker that nobody uses.
+    Unload {
+        /// The worker.
+        worker: WorkerId,
+        /// Its hive.
+        hive: HiveId,
+        /// A sentence for logs.
+        why: String,
+    },
+    /// The end of a job that wanted a model loaded.
+    Loaded {
+        /// The job.
+        job: JobId,
+        /// The worker that serves it.
+        worker: LoadedView,
     },
     /// The worker is gone.
     Forget {
         /// The worker.
         worker: WorkerId,
+    },
+    /// Why the load that a job waits for goes as it goes: a line of the job's trail.
+    Decided {
+        /// The job.
+        job: JobId,
+        /// `place`, `evict` or `wait`.
+        what: &'static str,
+        /// A sentence.
+        why: String,
     },
     /// Something its owner should know.
     Note {

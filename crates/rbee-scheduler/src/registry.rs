@@ -7,9 +7,9 @@ use std::collections::{BTreeMap, HashMap};
 use std::time::Duration;
 
 use rbee_wire::hive::{HiveHeartbeat, Process, ProcessState};
-use rbee_wire::view::{HiveView, WorkerView};
+use rbee_wire::view::{HiveView, LoadedView, WorkerView};
 use rbee_wire::worker::{UsedOf, WorkerHeartbeat, WorkerState};
-use rbee_wire::{DeviceSpec, HiveId, Incarnation, ModelRef, WorkerId};
+use rbee_wire::{DeviceSpec, HiveId, Incarnation, KeepAlive, ModelRef, WorkerId};
 
 /// No new dispatch after so much silence.
 pub const FRESH: Duration = Duration::from_millis(1200);
@@ -35,10 +35,64 @@ pub struct Worker {
     pub dispatched: u64,
     /// It refused a dispatch, or could not be reached, since its last heartbeat.
     pub refused: bool,
+    /// How long it stays when nobody uses it: as it was started, or as the last who used it said.
+    pub keep: KeepAlive,
+    /// Since when nobody uses it; `None` while somebody does, or it does not serve yet.
+    pub idle_since: Option<Duration>,
+    /// Since when it serves.
+    pub ready_since: Option<Duration>,
+    /// How long its load took, where that was seen.
+    pub load_time: Option<Duration>,
+    /// It was told to end.
+    pub leaving: bool,
+    /// It takes no new jobs, so that its memory comes free for a model that is waited for.
+    pub closed: bool,
+    began: Duration,
     steps_moved: Duration,
 }
 
 impl Worker {
+    fn new(beat: WorkerHeartbeat, now: Duration) -> Self {
+        let mut worker = Self {
+            keep: beat.keep_alive,
+            beat,
+            heard: now,
+            dispatched: 0,
+            refused: false,
+            idle_since: None,
+            ready_since: None,
+            load_time: None,
+            leaving: false,
+            closed: false,
+            began: now,
+            steps_moved: now,
+        };
+        worker.look(now);
+        worker
+    }
+
+    /// Whether it serves, and whether anybody uses it, after a heartbeat, a dispatch or the end of one.
+    pub(crate) fn look(&mut self, now: Duration) {
+        let serves = matches!(self.beat.state, WorkerState::Ready | WorkerState::Busy);
+        if serves && self.ready_since.is_none() {
+            self.ready_since = Some(now);
+            // One that served when it was first heard of was loaded before.
+            self.load_time = (now > self.began).then(|| now.saturating_sub(self.began));
+        }
+        let idle = serves && self.slots().used == 0 && self.beat.queue == 0;
+        self.idle_since = if idle { self.idle_since.or(Some(now)) } else { None };
+    }
+
+    /// What it serves and where, as an answer.
+    pub(crate) fn loaded(&self) -> LoadedView {
+        LoadedView {
+            worker_id: self.beat.worker_id.clone(),
+            hive_id: self.beat.hive_id.clone(),
+            model: self.beat.model.clone(),
+            device: self.beat.device.clone(),
+        }
+    }
+
     /// Slots in all and taken: by its own count or by ours, whichever is more.
     pub fn slots(&self) -> UsedOf {
         UsedOf { total: self.beat.slots.total, used: self.beat.slots.used.max(self.dispatched) }
@@ -50,12 +104,14 @@ impl Worker {
         matches!(self.beat.state, WorkerState::Ready | WorkerState::Busy)
             && now.saturating_sub(self.heard) <= FRESH
             && !self.refused
+            && !self.leaving
             && slots.used < slots.total
     }
 
     /// Whether it serves the model, or will.
     pub fn serves(&self, model: &ModelRef) -> bool {
-        &self.beat.model == model && !matches!(self.beat.state, WorkerState::Draining | WorkerState::Stopped)
+        let ends = self.leaving || matches!(self.beat.state, WorkerState::Draining | WorkerState::Stopped);
+        &self.beat.model == model && !ends
     }
 
     /// Whether it is on such a device.
@@ -163,7 +219,7 @@ impl Registry {
             if stopped {
                 self.end(id, beat.incarnation);
             } else {
-                self.workers.push(Worker { beat, heard: now, dispatched: 0, refused: false, steps_moved: now });
+                self.workers.push(Worker::new(beat, now));
             }
             return Beat::Taken;
         };
@@ -176,7 +232,7 @@ impl Registry {
                 return Beat::Stopped;
             }
             let before = known.beat.incarnation.clone();
-            *known = Worker { beat, heard: now, dispatched: 0, refused: false, steps_moved: now };
+            *known = Worker::new(beat, now);
             self.end(id, before);
             return Beat::NewLife;
         }
@@ -192,6 +248,7 @@ impl Registry {
         known.beat = beat;
         known.heard = now;
         known.refused = false;
+        known.look(now);
         Beat::Taken
     }
 
@@ -228,6 +285,7 @@ impl Registry {
         for worker in &mut self.workers {
             worker.heard += by;
             worker.steps_moved += by;
+            worker.idle_since = worker.idle_since.map(|since| since + by);
         }
         for hive in self.hives.values_mut() {
             hive.heard += by;
@@ -326,6 +384,12 @@ fn view(worker: &Worker, now: Duration) -> WorkerView {
         numerics_id: beat.numerics_id.clone(),
         prefill_rate: beat.prefill_rate,
         decode_rate: beat.decode_rate,
+        unload_ms: worker
+            .keep
+            .duration()
+            .zip(worker.idle_since)
+            .map(|(keep, since)| millis((since + keep).saturating_sub(now))),
+        keep_alive: worker.keep,
         version: beat.version.clone(),
     }
 }

@@ -5,18 +5,17 @@ use std::time::Duration;
 
 use rbee_wire::view::{HiveView, WorkerView};
 use rbee_wire::worker::{LoadProgress, WorkerState};
-use rbee_wire::{DeviceSpec, ErrorBody, ErrorCode, HiveId, Incarnation, JobId, KeyId, ModelRef, WorkerId};
+use rbee_wire::{ErrorBody, ErrorCode, Incarnation, JobId, KeyId, ModelRef, WorkerId};
 use serde_json::json;
 
+use crate::loads::Load;
 use crate::registry::{Back, Beat, DEAD, Gone, Registry, Worker};
-use crate::{Config, Effect, Event, Want};
+use crate::{Config, Effect, Event, LoadKey, Purpose, Want};
 
 /// A tick that comes later than this after the last one shows that the queen itself stood still.
 const LATE: Duration = Duration::from_millis(600);
 /// Workers that may break under one request.
 const MAX_BROKEN: usize = 2;
-/// A load that has ended well shows itself by a heartbeat within this time.
-const SHOW: Duration = Duration::from_secs(10);
 /// Beats that a worker which breaks has missed by then: it was frozen before.
 const MISSED: Duration = Duration::from_millis(1100);
 /// Waiting jobs that are told when they move up.
@@ -26,15 +25,26 @@ const ENDS: usize = 32;
 
 /// A job that has not ended.
 #[derive(Debug)]
-struct Job {
-    want: Want,
-    model: ModelRef,
+pub(crate) struct Job {
+    pub(crate) want: Want,
+    pub(crate) model: ModelRef,
     since: Duration,
     running: Option<Running>,
     /// Lives of workers that broke under it.
     avoid: Vec<Incarnation>,
     broken: usize,
-    told: Told,
+    pub(crate) told: Told,
+}
+
+impl Job {
+    /// The load that it would wait for.
+    pub(crate) fn load_key(&self) -> LoadKey {
+        LoadKey {
+            model: self.model.clone(),
+            device: self.want.device.unwrap_or_default(),
+            hive: self.want.hive_id.clone(),
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -45,35 +55,20 @@ struct Running {
 
 /// What a waiting job was told last.
 #[derive(Clone, Debug, PartialEq)]
-enum Told {
+pub(crate) enum Told {
     Nothing,
     Queued(u64),
     Loading(Option<LoadProgress>),
 }
 
-/// What a load is for: the model, and where it was wanted.
-type LoadKey = (ModelRef, DeviceSpec, Option<HiveId>);
-
-/// Whether a worker is what a load was for.
-fn suits(worker: &Worker, (model, device, hive): &LoadKey) -> bool {
-    worker.serves(model) && worker.is_on(*device) && hive.as_ref().is_none_or(|hive| &worker.beat.hive_id == hive)
-}
-
-/// A load that was asked for.
-#[derive(Debug)]
-struct Load {
-    /// When it ended well; its worker must show itself soon after.
-    done: Option<Duration>,
-}
-
 /// The scheduler; see the crate.
 #[derive(Debug)]
 pub struct Scheduler {
-    config: Config,
-    registry: Registry,
-    jobs: HashMap<JobId, Job>,
-    waiting: VecDeque<JobId>,
-    loads: HashMap<LoadKey, Load>,
+    pub(crate) config: Config,
+    pub(crate) registry: Registry,
+    pub(crate) jobs: HashMap<JobId, Job>,
+    pub(crate) waiting: VecDeque<JobId>,
+    pub(crate) loads: HashMap<LoadKey, Load>,
     ends: VecDeque<Duration>,
     ticked: Option<Duration>,
     draining: bool,
@@ -85,6 +80,7 @@ enum Place {
     Queue,
     AwaitLoad(Option<LoadProgress>),
     StartLoad,
+    Loaded(WorkerId),
     Reject(ErrorBody),
 }
 
@@ -136,7 +132,7 @@ impl Scheduler {
             }
             Event::Ended { job, worker } => {
                 if self.running_on(&job, &worker).is_some() {
-                    self.release(&worker);
+                    self.release(&worker, now);
                     self.jobs.remove(&job);
                     self.ends.push_back(now);
                     if self.ends.len() > ENDS {
@@ -151,14 +147,17 @@ impl Scheduler {
                 if let Some(job) = self.jobs.remove(&job)
                     && let Some(running) = job.running
                 {
-                    self.release(&running.worker);
+                    self.release(&running.worker, now);
                 }
                 self.waiting.retain(|waiting| waiting != &job);
             }
             Event::LoadProgress { model, progress } => self.load_moved(&model, &progress, &mut out),
-            Event::LoadDone { model, result } => self.load_done(&model, result, now, &mut out),
+            Event::Planned { load, result } => self.planned(&load, result, now, &mut out),
+            Event::LoadDone { load, result } => self.load_done(&load, result, now, &mut out),
+            Event::Unloaded { worker, result } => self.unloaded(&worker, result, &mut out),
             Event::Drain => self.draining = true,
         }
+        self.pump_loads(now, &mut out);
         self.pump(now, &mut out);
         out
     }
@@ -192,11 +191,12 @@ impl Scheduler {
         self.jobs.get_mut(job)?.running.as_mut().filter(|running| &running.worker == worker)
     }
 
-    fn release(&mut self, worker: &WorkerId) {
+    fn release(&mut self, worker: &WorkerId, now: Duration) {
         if let Some(worker) = self.registry.worker_mut(worker) {
             worker.dispatched = worker.dispatched.saturating_sub(1);
             // The heartbeat counted it too; the next one will say how many there really are.
             worker.beat.slots.used = worker.beat.slots.used.saturating_sub(1).max(worker.dispatched);
+            worker.look(now);
         }
     }
 
@@ -212,7 +212,7 @@ impl Scheduler {
         let (model, state, load) = (worker.beat.model.clone(), worker.beat.state, worker.beat.load.clone());
         if matches!(state, WorkerState::Ready | WorkerState::Busy) {
             let worker = worker.clone();
-            self.loads.retain(|load, state| state.done.is_none() || !suits(&worker, load));
+            self.shown(&worker);
         } else if let (WorkerState::Starting, Some(progress)) = (state, load) {
             self.load_moved(&model, &progress, out);
         }
@@ -258,7 +258,7 @@ impl Scheduler {
             known.refused = true;
         }
         if refusal && retry {
-            self.release(worker);
+            self.release(worker, now);
             self.requeue(job);
             return;
         }
@@ -267,7 +267,7 @@ impl Scheduler {
         if let (Some(job), Some(life)) = (self.jobs.get_mut(&job), life) {
             job.avoid.push(life);
         }
-        self.release(worker);
+        self.release(worker, now);
         self.broke(job, error, retry, out);
     }
 
@@ -330,7 +330,7 @@ impl Scheduler {
                     ErrorBody::new(ErrorCode::DeadlineExceeded, format!("the deadline passed after {waited} ms"));
                 match job.running {
                     Some(running) => {
-                        self.release(&running.worker);
+                        self.release(&running.worker, now);
                         out.push(Effect::Abort { job: id, error });
                     }
                     None => out.push(Effect::Reject { job: id, error }),
@@ -341,16 +341,8 @@ impl Scheduler {
                 out.push(Effect::Reject { job: id, error });
             }
         }
-        let unseen: Vec<ModelRef> = self
-            .loads
-            .iter()
-            .filter(|(_, load)| load.done.is_some_and(|done| now > done + SHOW))
-            .map(|((model, _, _), _)| model.clone())
-            .collect();
-        for model in unseen {
-            let message = format!("{model} was loaded, but its worker's heartbeat does not come");
-            self.load_failed(&model, &ErrorBody::new(ErrorCode::ModelLoadFailed, message), out);
-        }
+        self.expire_loads(now, out);
+        self.expire_idle(now, out);
     }
 
     fn retry_after(&self) -> Duration {
@@ -376,7 +368,7 @@ impl Scheduler {
         }
         let job = Job { want, model, since: now, running: None, avoid: Vec::new(), broken: 0, told: Told::Nothing };
         // Only a job that cannot start at once needs a place in the line.
-        let waits = !matches!(self.place(&job, now), Place::Dispatch { .. } | Place::Reject(_));
+        let waits = !matches!(self.place(&job, now), Place::Dispatch { .. } | Place::Loaded(_) | Place::Reject(_));
         if waits && self.waiting.len() >= self.config.queue_limit {
             let message = format!("{} jobs wait already, and no more may", self.waiting.len());
             let error = ErrorBody::new(ErrorCode::QueueFull, message).with_retry_after(self.retry_after());
@@ -450,7 +442,7 @@ impl Scheduler {
             let Some(job) = self.jobs.get(&id) else { continue };
             let told = match self.place(job, now) {
                 Place::Dispatch { worker, why } => {
-                    self.dispatch(id, &worker, why, out);
+                    self.dispatch(id, &worker, why, now, out);
                     continue;
                 }
                 Place::Reject(error) => {
@@ -464,11 +456,19 @@ impl Scheduler {
                 }
                 Place::AwaitLoad(progress) => Told::Loading(progress),
                 Place::StartLoad => {
-                    let (model, hive) = (job.model.clone(), job.want.hive_id.clone());
-                    let device = job.want.device.unwrap_or_default();
-                    self.loads.insert((model.clone(), device, hive.clone()), Load { done: None });
-                    out.push(Effect::Load { model, device, hive });
+                    let load = job.load_key();
+                    self.loads.insert(load.clone(), Load::new(now));
+                    out.push(Effect::Plan { load });
                     Told::Loading(None)
+                }
+                Place::Loaded(worker) => {
+                    let keep = job.want.keep_alive;
+                    self.jobs.remove(&id);
+                    if let Some(worker) = self.registry.worker_mut(&worker) {
+                        worker.keep = keep.unwrap_or(worker.keep);
+                        out.push(Effect::Loaded { job: id, worker: worker.loaded() });
+                    }
+                    continue;
                 }
             };
             if let Some(job) = self.jobs.get_mut(&id) {
@@ -494,13 +494,22 @@ impl Scheduler {
                 Some(_) => {}
             }
         }
+        // Who names a worker waits for it, also where others wait for it to go.
+        let open = |worker: &Worker| !worker.closed || want.worker_id.is_some();
         let fits = |worker: &&Worker| {
             worker.serves(&job.model)
+                && open(worker)
                 && want.device.is_none_or(|device| worker.is_on(device))
                 && want.worker_id.as_ref().is_none_or(|id| &worker.beat.worker_id == id)
                 && want.hive_id.as_ref().is_none_or(|hive| &worker.beat.hive_id == hive)
         };
         let serving: Vec<&Worker> = self.registry.workers.iter().filter(fits).collect();
+        if want.purpose == Purpose::Load {
+            let up = |worker: &&&Worker| matches!(worker.beat.state, WorkerState::Ready | WorkerState::Busy);
+            if let Some(worker) = serving.iter().find(up) {
+                return Place::Loaded(worker.beat.worker_id.clone());
+            }
+        }
         let able: Vec<&Worker> = serving.iter().filter(|worker| worker.able(now)).copied().collect();
         let fresh = |worker: &&&Worker| !job.avoid.contains(&worker.beat.incarnation);
         let others: Vec<&Worker> = able.iter().filter(fresh).copied().collect();
@@ -520,8 +529,7 @@ impl Scheduler {
             let message = format!("worker {} takes no more jobs", want.worker_id.as_ref().map_or("", |id| id.as_str()));
             return Place::Reject(ErrorBody::new(ErrorCode::NoWorker, message));
         }
-        let device = want.device.unwrap_or_default();
-        if self.loads.contains_key(&(job.model.clone(), device, want.hive_id.clone())) {
+        if self.loads.contains_key(&job.load_key()) {
             return Place::AwaitLoad(None);
         }
         if let Some(hint) = want.no_load {
@@ -544,16 +552,19 @@ impl Scheduler {
     }
 
     /// What there is instead, as a sentence's end.
-    fn inventory(&self) -> String {
+    pub(crate) fn inventory(&self) -> String {
         match &self.models()[..] {
             [] => "nothing is loaded".into(),
             models => format!("loaded: {}", models.join(", ")),
         }
     }
 
-    fn dispatch(&mut self, id: JobId, worker: &WorkerId, why: String, out: &mut Vec<Effect>) {
+    fn dispatch(&mut self, id: JobId, worker: &WorkerId, why: String, now: Duration, out: &mut Vec<Effect>) {
+        let keep = self.jobs.get(&id).and_then(|job| job.want.keep_alive);
         let Some(known) = self.registry.worker_mut(worker) else { return };
         known.dispatched += 1;
+        known.keep = keep.unwrap_or(known.keep);
+        known.look(now);
         out.push(Effect::Dispatch {
             job: id.clone(),
             worker: worker.clone(),
@@ -567,54 +578,10 @@ impl Scheduler {
             job.running = Some(Running { worker: worker.clone(), first_token: false });
         }
     }
-
-    fn load_moved(&mut self, model: &ModelRef, progress: &LoadProgress, out: &mut Vec<Effect>) {
-        for id in &self.waiting {
-            if let Some(job) =
-                self.jobs.get_mut(id).filter(|job| &job.model == model && matches!(job.told, Told::Loading(_)))
-            {
-                tell(id, job, Told::Loading(Some(progress.clone())), out);
-            }
-        }
-    }
-
-    fn load_done(&mut self, model: &ModelRef, result: Result<(), ErrorBody>, now: Duration, out: &mut Vec<Effect>) {
-        match result {
-            Ok(()) => {
-                let workers = &self.registry.workers;
-                let serves = |load: &LoadKey| {
-                    let up = |worker: &&Worker| matches!(worker.beat.state, WorkerState::Ready | WorkerState::Busy);
-                    workers.iter().filter(up).any(|worker| suits(worker, load))
-                };
-                // A load is over when a worker that it was for beats, not before: else it would be asked for again.
-                self.loads.retain(|load, _| &load.0 != model || !serves(load));
-                self.loads.iter_mut().filter(|(load, _)| &load.0 == model).for_each(|(_, load)| load.done = Some(now));
-            }
-            Err(mut error) => {
-                if error.code == ErrorCode::ModelNotFound {
-                    error.message = format!("{}; {}", error.message, self.inventory());
-                }
-                self.load_failed(model, &error, out);
-            }
-        }
-    }
-
-    /// Ends the jobs that wait for a load which failed. Others of the model, queued at a worker, go on waiting.
-    fn load_failed(&mut self, model: &ModelRef, error: &ErrorBody, out: &mut Vec<Effect>) {
-        self.loads.retain(|(loaded, _, _), _| loaded != model);
-        let waits = |job: &Job| &job.model == model && matches!(job.told, Told::Loading(_));
-        let failed: Vec<JobId> =
-            self.waiting.iter().filter(|id| self.jobs.get(id).is_some_and(waits)).cloned().collect();
-        for id in failed {
-            self.jobs.remove(&id);
-            self.waiting.retain(|waiting| waiting != &id);
-            out.push(Effect::Reject { job: id, error: error.clone() });
-        }
-    }
 }
 
 /// Tells a waiting job how it stands, if that has changed.
-fn tell(id: &JobId, job: &mut Job, told: Told, out: &mut Vec<Effect>) {
+pub(crate) fn tell(id: &JobId, job: &mut Job, told: Told, out: &mut Vec<Effect>) {
     if job.told == told {
         return;
     }

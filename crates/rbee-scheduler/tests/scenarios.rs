@@ -9,10 +9,11 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use proptest::prelude::*;
-use rbee_scheduler::{Config, Effect, Event, Policy, Scheduler, Want};
+use rbee_scheduler::{Config, Effect, Event, LoadKey, Policy, Purpose, Scheduler, Want};
 use rbee_wire::hive::HiveHeartbeat;
+use rbee_wire::view::{Held, LoadNeeds, PlanView, Room};
 use rbee_wire::worker::{LoadProgress, WorkerHeartbeat};
-use rbee_wire::{ErrorBody, JobId, KeyId, ModelRef, WorkerId};
+use rbee_wire::{DeviceId, DeviceSpec, ErrorBody, HiveId, JobId, KeepAlive, KeyId, ModelRef, WorkerId};
 use serde_json::json;
 
 fn job(name: &str) -> JobId {
@@ -28,7 +29,44 @@ fn model(name: &str) -> ModelRef {
 }
 
 fn config(queue_limit: usize) -> Config {
-    Config { queue_limit, queue_timeout: Duration::from_secs(60), default_model: None, policy: Policy::FirstAvailable }
+    Config {
+        queue_limit,
+        queue_timeout: Duration::from_secs(60),
+        default_model: None,
+        policy: Policy::FirstAvailable,
+        keep_alive: KeepAlive::For(Duration::from_secs(300)),
+        residency: Duration::from_secs(5),
+    }
+}
+
+/// A load that may go anywhere.
+fn load(name: &str) -> LoadKey {
+    LoadKey { model: model(name), device: DeviceSpec::Auto, hive: None }
+}
+
+/// Hive h1's answer for a model: `gpu=5/10:w1=7,w2=3` is a device with 5 bytes free of which the load needs 10, and who has
+/// the rest; `no` for the need is a device that the model cannot be loaded on.
+fn plan(name: &str, rooms: &[&str]) -> PlanView {
+    let room = |word: &&str| {
+        let (device, rest) = word.split_once('=').unwrap();
+        let (numbers, held) = rest.split_once(':').unwrap_or((rest, ""));
+        let (free, least) = numbers.split_once('/').unwrap();
+        let held = held.split(',').filter(|pair| !pair.is_empty()).map(|pair| {
+            let (name, bytes) = pair.split_once('=').unwrap();
+            Held { worker_id: worker(name), model: model("any"), bytes: bytes.parse().unwrap() }
+        });
+        Room {
+            device: DeviceId::new(device).unwrap(),
+            total: 100,
+            free: free.parse().unwrap(),
+            needs: least.parse().ok().map(|least| LoadNeeds { least, total: least, ..LoadNeeds::default() }),
+            context_fits: None,
+            would_fit: Vec::new(),
+            refused: least.parse::<u64>().err().map(|_| "it is too old".into()),
+            held: held.collect(),
+        }
+    };
+    PlanView { model: model(name), hive_id: HiveId::new("h1").unwrap(), rooms: rooms.iter().map(room).collect() }
 }
 
 struct Script {
@@ -47,7 +85,9 @@ impl Script {
         serde_json::from_value(json!({
             "protocol": 1, "worker_id": name, "incarnation": {"counter": option("life=").unwrap_or(1), "random": name},
             "seq": option("seq=").unwrap_or(self.seq), "hive_id": hive, "url": format!("http://{name}"), "bearer": "b",
-            "state": state, "model": model(model_name).to_string(), "device": "cpu",
+            "state": state, "model": model(model_name).to_string(),
+            "device": options.iter().find_map(|word| word.strip_prefix("at=")).unwrap_or("cpu"),
+            "keep_alive": options.iter().find_map(|word| word.strip_prefix("keep=")).unwrap_or("-1"),
             "slots": {"total": total.parse::<u64>().unwrap(), "used": used.parse::<u64>().unwrap()},
             "steps": option("steps=").unwrap_or(0), "working": option("steps=").is_some(),
             "version": "0", "build": "0"
@@ -81,9 +121,12 @@ impl Script {
                     match option.split_once('=') {
                         Some(("worker", id)) => want.worker_id = Some(worker(id)),
                         Some(("owner", id)) => want.owner = Some(KeyId::new(id).unwrap()),
+                        Some(("device", device)) => want.device = Some(device.parse().unwrap()),
+                        Some(("keep", keep)) => want.keep_alive = Some(keep.parse().unwrap()),
                         Some(("deadline", ms)) => {
                             want.deadline = Some(now + Duration::from_millis(ms.parse().unwrap()))
                         }
+                        _ if *option == "only_load" => want.purpose = Purpose::Load,
                         _ if *option == "no_load" => want.no_load = Some("load it"),
                         _ => want.model = Some(model(option)),
                     }
@@ -104,8 +147,12 @@ impl Script {
                     LoadProgress { stage: "load".into(), done: done.parse().unwrap(), total: 9, unit: "bytes".into() };
                 Event::LoadProgress { model: model(name), progress }
             }
-            ["loaded", name] => Event::LoadDone { model: model(name), result: Ok(()) },
-            ["unloadable", name, code] => Event::LoadDone { model: model(name), result: Err(error(code)) },
+            ["planned", name, rooms @ ..] => Event::Planned { load: load(name), result: Ok(vec![plan(name, rooms)]) },
+            ["unplannable", name, code] => Event::Planned { load: load(name), result: Err(error(code)) },
+            ["loaded", name] => Event::LoadDone { load: load(name), result: Ok(()) },
+            ["unloadable", name, code] => Event::LoadDone { load: load(name), result: Err(error(code)) },
+            ["unloaded", name] => Event::Unloaded { worker: worker(name), result: Ok(()) },
+            ["stays", name, code] => Event::Unloaded { worker: worker(name), result: Err(error(code)) },
             ["drain"] => Event::Drain,
             other => panic!("{other:?}"),
         }
@@ -121,7 +168,11 @@ fn shown(effect: &Effect) -> String {
         Effect::Progress { job, progress } => format!("progress {job} {}", progress.done),
         Effect::Reject { job, error } => format!("reject {job} {}", error.code),
         Effect::Abort { job, error } => format!("abort {job} {}", error.code),
-        Effect::Load { model, .. } => format!("load {model}"),
+        Effect::Plan { load } => format!("plan {}", load.model),
+        Effect::Load { load, hive, device, keep_alive } => format!("load {} {hive}/{device} {keep_alive}", load.model),
+        Effect::Decided { .. } => String::new(),
+        Effect::Unload { worker, .. } => format!("unload {worker}"),
+        Effect::Loaded { job, worker } => format!("loaded {job} {}", worker.worker_id),
         Effect::Forget { worker } => format!("forget {worker}"),
         Effect::Note { job, .. } => format!("note {job}"),
         Effect::RefuseBeat => "refuse".into(),
@@ -136,7 +187,8 @@ fn check_with(config: Config, script: &str) {
         let seconds: f64 = words[0].strip_prefix("t=").unwrap().parse().unwrap();
         let now = Duration::from_secs_f64(seconds);
         let event = run.event(now, &words[1..]);
-        let got: Vec<String> = run.scheduler.handle(now, event).iter().map(shown).collect();
+        let got: Vec<String> =
+            run.scheduler.handle(now, event).iter().map(shown).filter(|text| !text.is_empty()).collect();
         assert_eq!(got.join(", "), want, "at `{said}`");
     }
 }
@@ -168,7 +220,7 @@ fn silence_stops_dispatches_and_then_ends_the_worker() {
          t=1.15 first a w1
          t=1.3 submit b tinybee -> queued b 0
          t=1.5 tick
-         t=1.7 tick -> forget w1, abort a WORKER_LOST, load tinybee, loading b
+         t=1.7 tick -> forget w1, abort a WORKER_LOST, plan tinybee, loading b
          t=1.8 beat w1 ready tinybee 0/4 -> dispatch b w1",
     );
 }
@@ -254,7 +306,7 @@ fn a_new_life_ends_the_old_one() {
          t=0.5 submit b tinybee -> dispatch b w1
          t=0.6 beat w1 ready tinybee 0/1 life=2 seq=1
          t=0.7 submit c tinybee -> queued c 0
-         t=0.8 beat w1 stopped tinybee 0/1 life=2 -> forget w1, halt b, load tinybee, loading b, loading c",
+         t=0.8 beat w1 stopped tinybee 0/1 life=2 -> forget w1, halt b, plan tinybee, loading b, loading c",
     );
 }
 
@@ -289,7 +341,7 @@ fn when_most_fall_silent_at_once_they_get_one_extra_period() {
 #[test]
 fn loads_are_asked_for_once_and_told_to_all() {
     check(
-        "t=0.0 submit a tinybee -> load tinybee, loading a
+        "t=0.0 submit a tinybee -> plan tinybee, loading a
          t=0.1 submit b tinybee -> loading b
          t=0.2 moved tinybee 3 -> progress a 3, progress b 3
          t=0.2 moved tinybee 3
@@ -297,11 +349,11 @@ fn loads_are_asked_for_once_and_told_to_all() {
          t=0.4 beat w1 ready tinybee 0/4 -> dispatch a w1, dispatch b w1",
     );
     check(
-        "t=0.0 submit a tinybee -> load tinybee, loading a
+        "t=0.0 submit a tinybee -> plan tinybee, loading a
          t=0.1 submit b tinybee -> loading b
          t=0.2 unloadable tinybee MODEL_CORRUPT -> reject a MODEL_CORRUPT, reject b MODEL_CORRUPT
          t=0.3 tick
-         t=0.4 submit c tinybee -> load tinybee, loading c
+         t=0.4 submit c tinybee -> plan tinybee, loading c
          t=0.5 loaded tinybee
          t=0.6 tick
          t=1.1 tick
@@ -454,4 +506,171 @@ proptest! {
             prop_assert_eq!(ends.get(&format!("j{i}")).copied(), Some(1), "j{}", i);
         }
     }
+}
+
+#[test]
+fn a_load_goes_where_it_fits_and_tells_how_long_its_model_stays() {
+    check(
+        "t=0.0 submit a llama -> plan /llama, loading a
+         t=0.1 planned llama gpu=5/10 cpu=20/10 -> load /llama h1/cpu 300s
+         t=1.0 loaded llama
+         t=1.1 beat w1 ready llama 0/1 -> dispatch a w1
+         t=2.0 submit b qwen keep=-1 -> plan /qwen, loading b
+         t=2.1 submit c qwen -> loading c
+         t=2.1 planned qwen gpu=5/no cpu=10/10 -> load /qwen h1/cpu -1
+         t=2.2 unloadable qwen MODEL_CORRUPT -> reject b MODEL_CORRUPT, reject c MODEL_CORRUPT",
+    );
+}
+
+#[test]
+fn the_cheapest_idle_model_leaves_and_the_load_is_planned_anew() {
+    check(
+        "t=0.0 beat w1 ready one 0/1 keep=300
+         t=0.0 beat w2 ready two 0/1 keep=300
+         t=0.0 beat w3 ready three 0/1
+         t=5.9 beat w1 ready one 0/1 keep=300
+         t=5.9 beat w2 ready two 0/1 keep=300
+         t=5.9 beat w3 ready three 0/1
+         t=6.0 submit a big -> plan /big, loading a
+         t=6.0 planned big cpu=2/10:w1=20,w2=8,w3=9 -> unload w2
+         t=6.1 beat w2 stopped two 0/1 keep=300 -> forget w2
+         t=6.2 unloaded w2 -> plan /big
+         t=6.2 planned big cpu=10/10:w1=20,w3=9 -> load /big h1/cpu 300s",
+    );
+}
+
+#[test]
+fn a_model_that_has_just_come_stays_for_the_residency_and_one_that_is_used_until_it_is_done() {
+    check(
+        "t=0.0 beat w1 ready one 0/2 keep=300
+         t=0.5 submit a one -> dispatch a w1
+         t=1.0 beat w1 busy one 1/2 keep=300
+         t=1.0 submit b two -> plan /two, loading b
+         t=1.0 planned two cpu=0/10:w1=12
+         t=1.5 submit c one -> dispatch c w1
+         t=2.1 beat w1 busy one 2/2 keep=300 -> plan /two
+         t=2.1 planned two cpu=0/10:w1=12
+         t=3.0 beat w1 busy one 2/2 keep=300
+         t=4.0 beat w1 busy one 2/2 keep=300 -> plan /two
+         t=5.1 beat w1 busy one 2/2 keep=300
+         t=5.1 planned two cpu=0/10:w1=12
+         t=5.2 ended a w1
+         t=5.3 submit d one -> plan /one, loading d
+         t=5.3 planned one cpu=0/12:w1=12
+         t=5.4 ended c w1 -> unload w1
+         t=5.5 unloaded w1 -> plan /two
+         t=5.5 beat w1 stopped one 0/2 -> forget w1
+         t=5.6 planned two cpu=12/10 -> load /two h1/cpu 300s
+         t=5.9 loaded two
+         t=5.9 beat w2 ready two 0/2 keep=300 -> dispatch b w2
+         t=6.4 tick -> plan /one",
+    );
+}
+
+#[test]
+fn a_worker_that_nobody_waits_for_any_more_takes_jobs_again() {
+    check(
+        "t=0.0 beat w1 ready one 0/2 keep=300
+         t=5.5 beat w1 ready one 0/2 keep=300
+         t=5.5 submit a one -> dispatch a w1
+         t=5.6 submit b two -> plan /two, loading b
+         t=5.6 planned two cpu=0/10:w1=12
+         t=5.7 submit c one -> plan /one, loading c
+         t=5.8 cancel b -> dispatch c w1",
+    );
+}
+
+#[test]
+fn what_fits_nowhere_is_refused_whoever_leaves_and_what_is_pinned_stays() {
+    check(
+        "t=0.0 beat w1 ready one 0/1
+         t=1.0 submit a two -> plan /two, loading a
+         t=1.0 planned two cpu=5/10:w1=20 -> reject a INSUFFICIENT_MEMORY
+         t=1.1 submit b two -> plan /two, loading b
+         t=1.2 planned two cpu=5/no -> reject b MODEL_LOAD_FAILED
+         t=1.3 submit c two -> plan /two, loading c
+         t=1.3 unplannable two MODEL_NOT_FOUND -> reject c MODEL_NOT_FOUND",
+    );
+}
+
+#[test]
+fn memory_that_was_taken_meanwhile_is_looked_at_again_but_not_for_ever() {
+    check(
+        "t=0.0 submit a two -> plan /two, loading a
+         t=0.1 planned two cpu=10/10 -> load /two h1/cpu 300s
+         t=0.2 unloadable two INSUFFICIENT_MEMORY -> plan /two
+         t=0.3 planned two cpu=10/10 -> load /two h1/cpu 300s
+         t=0.3 unloadable two INSUFFICIENT_MEMORY -> plan /two
+         t=0.3 planned two cpu=10/10 -> load /two h1/cpu 300s
+         t=0.3 unloadable two INSUFFICIENT_MEMORY -> plan /two
+         t=0.3 planned two cpu=10/10 -> load /two h1/cpu 300s
+         t=0.3 unloadable two INSUFFICIENT_MEMORY -> plan /two
+         t=0.3 planned two cpu=10/10 -> load /two h1/cpu 300s
+         t=0.3 unloadable two INSUFFICIENT_MEMORY -> reject a INSUFFICIENT_MEMORY",
+    );
+}
+
+#[test]
+fn loads_on_different_devices_run_side_by_side_and_on_one_in_turn() {
+    check(
+        "t=0.0 beat w1 ready one 0/1 keep=300 at=gpu
+         t=5.5 beat w1 ready one 0/1 keep=300 at=gpu
+         t=5.5 submit x one -> dispatch x w1
+         t=5.6 submit a two -> plan /two, loading a
+         t=5.6 planned two gpu=0/10:w1=12 cpu=0/50
+         t=5.7 submit b three -> plan /three, loading b
+         t=5.7 planned three gpu=0/10:w1=12 cpu=20/10 -> load /three h1/cpu 300s
+         t=5.7 submit c four -> plan /four, loading c
+         t=5.7 planned four gpu=3/2:w1=12 cpu=0/10
+         t=5.8 ended x w1 -> unload w1",
+    );
+}
+
+#[test]
+fn a_model_leaves_when_nobody_has_used_it_for_as_long_as_the_last_user_said() {
+    check(
+        "t=0.0 beat w1 ready one 0/1 keep=2
+         t=1.0 beat w1 ready one 0/1 keep=2
+         t=1.9 submit a one -> dispatch a w1
+         t=2.0 beat w1 busy one 1/1 keep=2
+         t=2.1 ended a w1
+         t=3.0 beat w1 ready one 0/1 keep=2
+         t=4.0 beat w1 ready one 0/1 keep=2
+         t=4.2 tick -> unload w1
+         t=4.3 submit b one -> plan /one, loading b
+         t=4.4 stays w1 HIVE_UNREACHABLE -> dispatch b w1
+         t=5.0 beat w1 ready one 0/1 keep=2",
+    );
+    check(
+        "t=0.0 beat w1 ready one 0/2
+         t=1.0 beat w1 ready one 0/2
+         t=1.0 submit a one keep=0 -> dispatch a w1
+         t=1.1 submit b one -> dispatch b w1
+         t=1.2 ended a w1
+         t=1.3 tick
+         t=1.4 ended b w1
+         t=1.4 tick -> unload w1",
+    );
+    check(
+        "t=0.0 beat w1 ready one 0/1 keep=1
+         t=0.5 submit a one keep=-1 -> dispatch a w1
+         t=0.6 ended a w1
+         t=1.0 beat w1 ready one 0/1 keep=1
+         t=2.0 beat w1 ready one 0/1 keep=1
+         t=3.0 beat w1 ready one 0/1 keep=1
+         t=4.0 tick",
+    );
+}
+
+#[test]
+fn a_job_that_only_loads_ends_when_the_model_serves_busy_or_not() {
+    check(
+        "t=0.0 submit a one only_load keep=60 -> plan /one, loading a
+         t=0.0 planned one cpu=20/10 -> load /one h1/cpu 60s
+         t=0.5 loaded one
+         t=0.5 beat w1 ready one 0/1 keep=60 -> loaded a w1
+         t=0.6 submit b one -> dispatch b w1
+         t=0.7 submit c one only_load -> loaded c w1
+         t=0.8 beat w1 busy one 1/1 keep=60",
+    );
 }

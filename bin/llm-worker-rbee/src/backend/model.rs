@@ -30,17 +30,22 @@ macro_rules! tinybee {
 static TINYBEE: &[(&str, &[u8])] =
     tinybee!("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors");
 
-fn files(model: &ModelRef) -> Result<ModelFiles, ErrorBody> {
-    match model {
-        ModelRef::Tinybee => Ok(ModelFiles::Builtin(TINYBEE)),
-        ModelRef::Path(path) if path.ends_with(".gguf") => {
-            Err(ErrorBody::new(ErrorCode::NotImplemented, format!("{path}: GGUF files are not read by this build")))
+/// The files of a model: where the hive says that they lie, else where its name says.
+fn files(model: &ModelRef, path: Option<&str>) -> Result<ModelFiles, ErrorBody> {
+    let path = match (model, path) {
+        (ModelRef::Tinybee, _) => return Ok(ModelFiles::Builtin(TINYBEE)),
+        (_, Some(path)) => path,
+        (ModelRef::Path(path), None) => path,
+        (ModelRef::Hub { .. } | ModelRef::Alias(_), None) => {
+            let message = format!("{model} is not a folder on this machine");
+            return Err(ErrorBody::new(ErrorCode::ModelNotFound, message));
         }
-        ModelRef::Path(path) => ModelFiles::folder(Path::new(path)).map_err(|error| files_error(model, &error)),
-        ModelRef::Hub { .. } | ModelRef::Alias(_) => {
-            Err(ErrorBody::new(ErrorCode::ModelNotFound, format!("{model} is not a folder on this machine")))
-        }
+    };
+    if path.ends_with(".gguf") {
+        let message = format!("{path}: GGUF files are not read by this build");
+        return Err(ErrorBody::new(ErrorCode::NotImplemented, message));
     }
+    ModelFiles::folder(Path::new(path)).map_err(|error| files_error(model, &error))
 }
 
 /// The error of a model's files as the wire has it.
@@ -147,7 +152,7 @@ pub fn inspect(backend: Backend, model: &ModelRef, load: &LoadOptions) -> Result
         Backend::Cuda => Computes::OnGpu,
         Backend::Cpu | Backend::Sim => Computes::OnCpu,
     };
-    let (files, options) = (files(model)?, options(load, None)?);
+    let (files, options) = (files(model, None)?, options(load, None)?);
     crate::memory::bounded(parse_bound(model, &files)?, || computes.inspect(&files, &options))
         .map_err(|error| files_error(model, &error))
 }
@@ -215,7 +220,7 @@ pub(super) fn load(
 ) -> Result<Parts, ErrorBody> {
     computes.check(charge.device.as_str(), &charge.load)?;
     let model = &charge.model;
-    let files = files(model)?;
+    let files = files(model, charge.path.as_deref())?;
     let options = options(&charge.load, charge.kv_bytes)?;
     let failed = |error: Error| files_error(model, &error);
     // All that is parsed comes first, within bounds: a folder that is not a model's is refused before gigabytes are read.

@@ -100,6 +100,7 @@ pub(super) fn settings(model: Option<ModelRef>, args: AnswerArgs) -> Infer {
         hive_id: args.hive,
         deadline_ms: args.deadline_ms,
         no_load: args.no_load.then_some(true),
+        keep_alive: args.keep_alive,
         ..Infer::default()
     }
 }

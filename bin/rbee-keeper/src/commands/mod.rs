@@ -7,6 +7,7 @@ mod doctor;
 mod infer;
 mod jobs;
 mod keys;
+mod models;
 mod status;
 mod workers;
 
@@ -35,11 +36,13 @@ pub(crate) async fn run(context: &Context, verb: Verb) -> Result<Outcome, Failur
         Verb::Queen(verb) => daemons::queen(context, verb).await,
         Verb::Hive(verb) => daemons::hive(context, verb).await,
         Verb::Worker(verb) => workers::worker(context, verb).await,
-        Verb::Model(verb) => workers::model(context, verb).await,
-        Verb::Pull(args) => workers::model(context, ModelVerb::Download(args)).await,
-        Verb::Ls(args) => workers::model(context, ModelVerb::List(args)).await,
-        Verb::Show(args) => workers::model(context, ModelVerb::Get(args)).await,
-        Verb::Rm(args) => workers::model(context, ModelVerb::Delete(args)).await,
+        Verb::Model(verb) => models::model(context, verb).await,
+        Verb::Pull(args) => models::model(context, ModelVerb::Download(args)).await,
+        Verb::Ls(args) => models::model(context, ModelVerb::List(args)).await,
+        Verb::Show(args) => models::model(context, ModelVerb::Get(args)).await,
+        Verb::Rm(args) => models::model(context, ModelVerb::Delete(args)).await,
+        Verb::Stop(args) => models::model(context, ModelVerb::Unload(args)).await,
+        Verb::Plan(args) => models::plan(context, args).await,
         Verb::Job(verb) => jobs::job(context, verb).await,
         Verb::Key(verb) => keys::key(context, verb).await,
         Verb::Explain(args) => jobs::explain(context, &args.job).await,

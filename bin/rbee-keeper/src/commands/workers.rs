@@ -1,7 +1,7 @@
-//! `worker …` and `model …`: what hives do, asked for through the queen.
+//! `worker …`: what hives do, asked for through the queen.
 
 use rbee_client::{ClientError, HiveClient};
-use rbee_wire::job::{OfBinary, OfModel, OfProcess, OfStored, OfWorker, OnHive as AtHive, WorkerSpawn};
+use rbee_wire::job::{OfBinary, OfProcess, OfWorker, OnHive as AtHive, WorkerSpawn};
 use rbee_wire::view::StatusView;
 use rbee_wire::worker::LoadOptions;
 use rbee_wire::{HiveId, JobRequest, WorkerId};
@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use super::infer::model_ref;
 use super::{call, tail, the_one};
-use crate::cli::{BinaryArgs, BinaryVerb, ModelVerb, OnHive, ProcessArgs, ProcessVerb, SpawnArgs, WorkerVerb};
+use crate::cli::{BinaryArgs, BinaryVerb, OnHive, ProcessArgs, ProcessVerb, SpawnArgs, WorkerVerb};
 use crate::connect::{self, Start};
 use crate::exit::{Exit, Failure};
 use crate::printer::{Outcome, Shown};
@@ -38,7 +38,7 @@ pub(crate) async fn worker(context: &Context, verb: WorkerVerb) -> Result<Outcom
     }
 }
 
-async fn list(
+pub(super) async fn list(
     context: &Context,
     start: Start,
     job: JobRequest,
@@ -49,7 +49,7 @@ async fn list(
     Ok(Shown::new(Value::Array(values), text).into())
 }
 
-async fn one(
+pub(super) async fn one(
     context: &Context,
     start: Start,
     job: JobRequest,
@@ -74,6 +74,7 @@ async fn spawn(context: &Context, args: SpawnArgs) -> Result<Outcome, Failure> {
             quantize: args.quantize,
         },
         wait: Some(!args.no_wait),
+        keep_alive: args.keep_alive,
     });
     let values = call(context, Start::IfNeeded, &job).await?;
     for value in &values {
@@ -121,22 +122,7 @@ async fn process(context: &Context, verb: ProcessVerb) -> Result<Outcome, Failur
     }
 }
 
-pub(crate) async fn model(context: &Context, verb: ModelVerb) -> Result<Outcome, Failure> {
-    let (start, job) = match verb {
-        ModelVerb::Download(args) => {
-            let model = model_ref(&args.model, context.user.as_deref())?;
-            (Start::IfNeeded, JobRequest::ModelDownload(OfModel { hive_id: args.on.hive, model }))
-        }
-        ModelVerb::List(on) => (Start::Never, JobRequest::ModelList(at(on))),
-        ModelVerb::Get(args) => (Start::Never, JobRequest::ModelGet(OfStored { hive_id: args.on.hive, id: args.id })),
-        ModelVerb::Delete(args) => {
-            (Start::IfNeeded, JobRequest::ModelDelete(OfStored { hive_id: args.on.hive, id: args.id }))
-        }
-    };
-    list(context, start, job, render::any).await
-}
-
-fn at(on: OnHive) -> AtHive {
+pub(super) fn at(on: OnHive) -> AtHive {
     AtHive { hive_id: on.hive }
 }
 

@@ -1,5 +1,6 @@
 //! One function per type of `rbee_wire::view`.
 
+use rbee_wire::KeepAlive;
 use rbee_wire::event::{Timings, Usage};
 use rbee_wire::hive::Process;
 use rbee_wire::key::KeyView;
@@ -14,7 +15,7 @@ use serde_json::Value;
 use super::table::{Table, age, bytes, cell, date, fields, milliseconds};
 
 /// The values in their type, if all of them are of it.
-fn typed<T: DeserializeOwned>(values: &[Value]) -> Option<Vec<T>> {
+pub(super) fn typed<T: DeserializeOwned>(values: &[Value]) -> Option<Vec<T>> {
     values.iter().map(|value| serde_json::from_value(value.clone()).ok()).collect()
 }
 
@@ -68,7 +69,8 @@ pub fn workers(values: &[Value]) -> String {
 }
 
 fn worker_table(views: &[WorkerView]) -> String {
-    let mut table = Table::new(&["WORKER", "MODEL", "HIVE", "DEVICE", "STATE", "SLOTS", "QUEUE", "MEMORY", "DECODE"]);
+    let mut table =
+        Table::new(&["WORKER", "MODEL", "HIVE", "DEVICE", "STATE", "SLOTS", "QUEUE", "MEMORY", "DECODE", "UNTIL"]);
     for view in views {
         table.row([
             view.worker_id.to_string(),
@@ -80,9 +82,19 @@ fn worker_table(views: &[WorkerView]) -> String {
             view.queue.to_string(),
             bytes(view.memory.total),
             rate(view.decode_rate),
+            until(view),
         ]);
     }
     table.text()
+}
+
+/// How long a worker stays if nobody uses it.
+fn until(view: &WorkerView) -> String {
+    match (view.unload_ms, view.keep_alive) {
+        (Some(left), _) => format!("{} more", age(left)),
+        (None, KeepAlive::Forever) => "stays".into(),
+        (None, KeepAlive::For(_)) => "in use".into(),
+    }
 }
 
 /// One active worker.
@@ -105,6 +117,7 @@ pub fn worker(value: &Value) -> String {
         ("  kv", bytes(view.memory.kv)),
         ("prefill", rate(view.prefill_rate)),
         ("decode", rate(view.decode_rate)),
+        ("until", until(&view)),
         ("numerics", view.numerics_id.unwrap_or_default()),
         ("url", view.url),
         ("last heard", format!("{} ago", age(view.age_ms))),

@@ -104,6 +104,8 @@ fn spec(program: PathBuf, args: Vec<String>) -> SpawnSpec {
             model: ModelRef::Tinybee,
             device: DeviceId::new("cpu").unwrap(),
             device_uuid: None,
+            path: None,
+            keep_alive: rbee_wire::KeepAlive::Forever,
             load: LoadOptions::default(),
             kv_bytes: None,
         }
