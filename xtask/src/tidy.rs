@@ -12,6 +12,7 @@ const EDGES: &[(&str, &[&str])] = &[
     ("rbee-wire", &[]),
     ("rbee-openai", &["rbee-wire"]),
     ("rbee-config", &["rbee-wire"]),
+    ("rbee-catalog", &["rbee-wire"]),
     ("rbee-client", &["rbee-wire"]),
     ("rbee-weights", &[]),
     ("rbee-tokenizer", &[]),
@@ -36,7 +37,7 @@ const EDGES: &[(&str, &[&str])] = &[
             "rbee-supervisor",
         ],
     ),
-    ("rbee-hive", &["rbee-wire", "rbee-client", "rbee-config", "rbee-service", "rbee-supervisor"]),
+    ("rbee-hive", &["rbee-wire", "rbee-catalog", "rbee-client", "rbee-config", "rbee-service", "rbee-supervisor"]),
     (
         "llm-worker-rbee",
         &[
@@ -60,7 +61,8 @@ const EDGES: &[(&str, &[&str])] = &[
 /// Which crates may use a kind of external crate, by the start of its name.
 const RESERVED: &[(&str, &[&str])] = &[
     ("axum", &["rbee-service", "queen-rbee", "rbee-hive", "llm-worker-rbee"]),
-    ("reqwest", &["rbee-client"]),
+    ("reqwest", &["rbee-catalog", "rbee-client"]),
+    ("rustls", &["rbee-catalog", "rbee-client"]),
     ("candle", &["rbee-kernels", "rbee-models"]),
     ("cudarc", &["rbee-cuda"]),
     ("rustyline", &["rbee-keeper"]),

@@ -12,6 +12,7 @@ pub mod canary;
 pub mod cluster;
 pub mod command;
 pub mod http;
+pub mod hub;
 pub mod port;
 pub mod process;
 pub mod scripted;

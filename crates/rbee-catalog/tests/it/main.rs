@@ -1,0 +1,6 @@
+//! The store against a hub that is real but for what it holds: real sockets, real files, real processes.
+
+#![expect(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
+
+mod fetch;
+mod kit;
