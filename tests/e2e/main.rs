@@ -26,6 +26,7 @@ mod routes;
 mod sdk;
 mod security;
 mod start;
+mod store;
 mod tinybee;
 mod tools;
 mod verbs;

@@ -11,6 +11,7 @@ use rbee_wire::event::{Done, Event, NoteLevel};
 use rbee_wire::view::{HiveView, JobState, WorkerView};
 use rbee_wire::{DeviceId, ErrorBody, ErrorCode, HiveId, JobId, KeepAlive, WorkerId};
 use tokio::sync::{mpsc, oneshot};
+use tokio::task::AbortHandle;
 
 use crate::channel::Channel;
 use crate::hives::Hives;
@@ -122,10 +123,19 @@ pub struct Hands {
     pub brain: Brain,
 }
 
+/// What the loop has under way.
+#[derive(Default)]
+struct Going {
+    /// The channel to each worker, by what tells one life of it from the next.
+    workers: HashMap<WorkerId, (String, Arc<Channel>)>,
+    /// Loads that are being planned.
+    plans: HashMap<LoadKey, AbortHandle>,
+}
+
 impl BrainLoop {
     /// Runs until every [`Brain`] is gone, which is never while the queen lives.
     pub async fn run(mut self, mut scheduler: Scheduler, hands: Hands) {
-        let mut workers: HashMap<WorkerId, (String, Arc<Channel>)> = HashMap::new();
+        let mut going = Going::default();
         let mut tick = tokio::time::interval(TICK);
         tick.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
@@ -140,7 +150,7 @@ impl BrainLoop {
             match asked {
                 Asked::Tell(heard) => {
                     for effect in scheduler.handle(now, *heard) {
-                        hands.carry_out(effect, &mut workers, now);
+                        hands.carry_out(effect, &mut going, now);
                     }
                 }
                 Asked::Submit(heard, answer) => {
@@ -153,7 +163,7 @@ impl BrainLoop {
                             {
                                 refusal = Some(error);
                             }
-                            effect => hands.carry_out(effect, &mut workers, now),
+                            effect => hands.carry_out(effect, &mut going, now),
                         }
                     }
                     let _ = answer.send(refusal);
@@ -163,7 +173,7 @@ impl BrainLoop {
                     for effect in scheduler.handle(now, *heard) {
                         match effect {
                             Effect::RefuseBeat => taken = false,
-                            effect => hands.carry_out(effect, &mut workers, now),
+                            effect => hands.carry_out(effect, &mut going, now),
                         }
                     }
                     let _ = answer.send(taken);
@@ -185,7 +195,8 @@ impl BrainLoop {
 }
 
 impl Hands {
-    fn carry_out(&self, effect: Effect, workers: &mut HashMap<WorkerId, (String, Arc<Channel>)>, now: Duration) {
+    fn carry_out(&self, effect: Effect, going: &mut Going, now: Duration) {
+        let Going { workers, plans } = going;
         match effect {
             Effect::Dispatch { job, worker, url, bearer, model, why, .. } => {
                 let Some(job) = self.jobs.get(&job) else { return };
@@ -255,7 +266,17 @@ impl Hands {
                 }
             }
             Effect::Reject { job, error } | Effect::Abort { job, error } => self.fail(&job, error, now),
-            Effect::Plan { load } => self.plan(load),
+            Effect::Plan { load } => {
+                let task = self.plan(load.clone());
+                plans.retain(|_, task| !task.is_finished());
+                plans.insert(load, task);
+            }
+            Effect::Abandon { load } => {
+                if let Some(task) = plans.remove(&load) {
+                    tracing::info!(model = %load.model, "nobody waits for the load any more");
+                    task.abort();
+                }
+            }
             Effect::Load { load, hive, device, keep_alive } => self.load(load, hive, &device, keep_alive),
             Effect::Unload { worker, hive, why } => self.unload(worker, hive, why),
             Effect::Loaded { job, worker } => {
@@ -290,7 +311,7 @@ impl Hands {
     }
 
     /// Asks a hive what a load needs, and what its devices have.
-    fn plan(&self, load: LoadKey) {
+    fn plan(&self, load: LoadKey) -> AbortHandle {
         let (hives, brain) = (Arc::clone(&self.hives), self.brain.clone());
         tokio::spawn(async move {
             let result = hives.plan(&brain, &load).await.map(|plan| vec![plan]);
@@ -298,7 +319,8 @@ impl Hands {
                 tracing::warn!(model = %load.model, code = %error.code, error = error.message, "the load cannot be planned");
             }
             brain.tell(Heard::Planned { load, result }).await;
-        });
+        })
+        .abort_handle()
     }
 
     /// Asks a hive to load a model, and tells the loop how that goes.

@@ -173,7 +173,7 @@ async fn cancel_job(
     if job.log.is_over() {
         return Err(ErrorBody::new(ErrorCode::JobOver, format!("job {} has ended already", job.id)).into());
     }
-    if job.request.operation() != Operation::Infer {
+    if !job.request.operation().can_be_cancelled() {
         let message = format!("`{}` cannot be cancelled once it runs", job.request.operation().name());
         return Err(ErrorBody::new(ErrorCode::JobOver, message).into());
     }

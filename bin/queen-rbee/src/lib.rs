@@ -157,12 +157,16 @@ async fn serve_queen(home: &Home, settings: Settings) -> Result<(), ErrorBody> {
         token: token.clone(),
         local: tokio::sync::Mutex::default(),
     });
+    let policy = settings.policy.value.parse::<Policy>().map_err(|_| {
+        let names: Vec<&str> = Policy::ALL.iter().map(|(name, _)| *name).collect();
+        failed("its setting policy", format!("`{}` is none of {}", settings.policy.value, names.join(", ")))
+    })?;
     let (brain, brain_loop) = Brain::channel();
     let scheduler = Scheduler::new(Config {
         queue_limit: usize::try_from(settings.queue_limit.value).unwrap_or(usize::MAX),
         queue_timeout: Duration::from_millis(settings.queue_timeout_ms.value),
         default_model: settings.default_model.value.clone(),
-        policy: Policy::FirstAvailable,
+        policy,
         keep_alive: settings.keep_alive.value,
         residency: Duration::from_millis(settings.residency_ms.value),
     });

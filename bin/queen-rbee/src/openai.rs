@@ -313,10 +313,12 @@ impl Stream for Body {
     }
 }
 
-/// Names that a request may have in `model`: what serves, the aliases, and the built-in model.
+/// Names that a request may have in `model`: what serves, what lies in the stores, the aliases, and the built-in model.
 async fn known(api: &Api) -> Vec<Model> {
     let fleet = api.ops.brain.fleet().await;
     let mut names: Vec<String> = fleet.workers.iter().map(|worker| worker.model.to_string()).collect();
+    let stored = fleet.hives.iter().filter(|hive| hive.alive).flat_map(|hive| &hive.models);
+    names.extend(stored.map(ToString::to_string));
     names.extend(api.aliases.keys().cloned());
     names.push(rbee_wire::model::TINYBEE.to_owned());
     names.sort();

@@ -10,7 +10,7 @@ use rbee_wire::job::OfWorker;
 use rbee_wire::key::KeyView;
 use rbee_wire::op::Built;
 use rbee_wire::view::{HiveView, InfoReply, LoadedView, StatusView, WorkerView};
-use rbee_wire::{ErrorBody, ErrorCode, HiveId, JobRequest, ModelRef, Operation};
+use rbee_wire::{ErrorBody, ErrorCode, HiveId, JobRequest, ModelRef};
 
 use crate::brain::Brain;
 use crate::hives::{Hives, Wake};
@@ -55,9 +55,14 @@ impl Operations {
     /// Carries a job out and ends it.
     pub async fn run(self, job: Arc<Job>) {
         let row = job.request.operation().row();
+        let stop = job.next_stop();
         let outcome = match row.built {
             Built::No => Err(ErrorBody::new(ErrorCode::NotImplemented, format!("`{}` is not built yet", row.name))),
-            Built::Yes => self.carry_out(&job).await,
+            Built::Yes => tokio::select! {
+                outcome = self.carry_out(&job) => outcome,
+                // It has ended already.
+                () = stop.cancelled() => return,
+            },
         };
         match outcome {
             Ok(()) => job.finish(self.jobs.now(), Done::default()),
@@ -134,7 +139,7 @@ impl Operations {
                 for job in
                     self.jobs.open().iter().filter(|job| job.key.as_ref().is_some_and(|key| *key.id() == of.key_id))
                 {
-                    if job.request.operation() == Operation::Infer {
+                    if job.request.operation().can_be_cancelled() {
                         self.cancel(job, "its key was revoked").await;
                     }
                 }

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
-use rbee_scheduler::{Event as Heard, Purpose, Want};
+use rbee_scheduler::{Event as Heard, Purpose, Want, Work};
 use rbee_service::{Caller, Listener, current_request_id, current_trace, random_hex};
 use rbee_wire::job::Infer;
 use rbee_wire::{ErrorBody, ErrorCode, JobRequest, ModelRef, RequestId};
@@ -141,11 +141,21 @@ async fn begin(api: &Api, job: &Arc<Job>) -> Result<(), ErrorBody> {
         worker_id: infer.worker_id.clone(),
         hive_id: infer.hive_id.clone(),
         purpose: Purpose::Run,
+        work: work(infer),
         keep_alive: infer.keep_alive,
         no_load: no_load(api, job.key.as_deref(), infer),
         deadline: infer.deadline_ms.map(|ms| job.posted + Duration::from_millis(ms)),
     };
     api.ops.brain.submit(Heard::Submit { job: job.id.clone(), want }).await
+}
+
+/// How much work an answer may be: four bytes are a token, more or less.
+fn work(infer: &Infer) -> Work {
+    let generation = &infer.generation;
+    let messages = generation.messages.iter().flatten().map(|message| message.content.len());
+    let bytes = generation.prompt.iter().map(String::len).chain(messages).sum::<usize>() as u64;
+    let usual = Work::default();
+    Work { prompt: (bytes / 4).max(1), answer: generation.max_tokens.unwrap_or(usual.answer) }
 }
 
 /// What to do where the model is not to be loaded: the poster said so, or may not have it loaded. A path that a key without the

@@ -8,6 +8,7 @@ use rbee_supervisor::Supervisor;
 use rbee_wire::hive::HiveHeartbeat;
 
 use crate::devices::Devices;
+use crate::models::Models;
 
 /// Time between two heartbeats when nothing changes.
 const EVERY: Duration = Duration::from_secs(1);
@@ -24,16 +25,23 @@ pub fn start(
     queen: String,
     token: Option<String>,
     devices: Arc<Devices>,
+    models: Models,
     supervisor: Supervisor,
 ) -> std::io::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     std::thread::Builder::new().name("heartbeat".into()).spawn(move || {
-        runtime.block_on(run(beat, &QueenClient::new(&queen, token), &devices, &supervisor));
+        runtime.block_on(run(beat, &QueenClient::new(&queen, token), &devices, &models, &supervisor));
     })?;
     Ok(())
 }
 
-async fn run(mut beat: HiveHeartbeat, queen: &QueenClient, devices: &Devices, supervisor: &Supervisor) {
+async fn run(
+    mut beat: HiveHeartbeat,
+    queen: &QueenClient,
+    devices: &Devices,
+    models: &Models,
+    supervisor: &Supervisor,
+) {
     let mut changes = supervisor.changes();
     let mut reachable = true;
     loop {
@@ -42,6 +50,8 @@ async fn run(mut beat: HiveHeartbeat, queen: &QueenClient, devices: &Devices, su
         beat.seq += 1;
         beat.devices = devices.list();
         beat.processes = supervisor.list();
+        beat.models = models.known();
+        beat.downloads = models.downloads();
         let reached = matches!(tokio::time::timeout(GIVE_UP, queen.hive_heartbeat(&beat)).await, Ok(Ok(_)));
         if reached != reachable {
             reachable = reached;

@@ -12,7 +12,7 @@ use rbee_wire::view::{DaemonReady, InfoReply};
 use rbee_wire::{ErrorBody, ErrorCode, JobRequest, WorkerId, routes};
 use serde_json::{Value, json};
 
-use crate::jobs::Jobs;
+use crate::jobs::{Jobs, Posted};
 
 /// State of the routes.
 #[derive(Clone)]
@@ -107,10 +107,11 @@ async fn shutdown(State(api): State<Api>) -> Json<Value> {
 }
 
 async fn job(State(api): State<Api>, headers: HeaderMap, JsonBytes(body): JsonBytes) -> Result<Response, ApiError> {
-    let (job_id, log) = api.jobs.post(JobRequest::parse(&body)?)?;
+    let Posted { id: job_id, log, stop } = api.jobs.post(JobRequest::parse(&body)?)?;
     let streams = headers.get(header::ACCEPT).is_some_and(|accept| accept.as_bytes().starts_with(b"text/event-stream"));
     if streams {
-        return Ok(sse::response(log.listen(None, || ())));
+        // Who asked for a download in one call gives it up by leaving.
+        return Ok(sse::response(log.listen(None, move || stop.cancel())));
     }
     let sse_url = routes::JOB_STREAM.replace("{id}", job_id.as_str());
     Ok((StatusCode::ACCEPTED, Json(JobAccepted { job_id, sse_url })).into_response())

@@ -4,12 +4,13 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use rbee_catalog::CancellationToken;
 use rbee_service::{JobLog, Shutdown, random_hex};
 use rbee_wire::event::{Done, Event};
 use rbee_wire::hive::{Process, ProcessState};
 use rbee_wire::op::{Built, Target};
 use rbee_wire::view::BinaryView;
-use rbee_wire::{ErrorBody, ErrorCode, Incarnation, JobId, JobRequest, WorkerId};
+use rbee_wire::{ErrorBody, ErrorCode, Incarnation, JobId, JobRequest, ModelRef, WorkerId};
 
 use crate::spawn::Spawner;
 
@@ -21,6 +22,16 @@ const DELETE_GRACE: Duration = Duration::from_secs(30);
 
 /// A job's log under its id.
 type Kept = (JobId, Arc<JobLog>);
+
+/// A job that was taken.
+pub struct Posted {
+    /// Its id.
+    pub id: JobId,
+    /// What it tells.
+    pub log: Arc<JobLog>,
+    /// Ends a download that it waits for, unless others wait for that too.
+    pub stop: CancellationToken,
+}
 
 /// The hive's jobs; cheap to clone.
 #[derive(Clone)]
@@ -44,7 +55,7 @@ impl Jobs {
     ///
     /// # Errors
     /// `DRAINING` once the hive ends, `INVALID_REQUEST` for operations that are the queen's.
-    pub fn post(&self, request: JobRequest) -> Result<(JobId, Arc<JobLog>), ErrorBody> {
+    pub fn post(&self, request: JobRequest) -> Result<Posted, ErrorBody> {
         if self.shutdown.is_begun() {
             return Err(ErrorBody::new(ErrorCode::Draining, "this hive is about to stop"));
         }
@@ -61,21 +72,22 @@ impl Jobs {
         }
         kept.push_back((id.clone(), Arc::clone(&log)));
         drop(kept);
-        let (jobs, told) = (self.clone(), Arc::clone(&log));
+        let (jobs, told, stop) = (self.clone(), Arc::clone(&log), CancellationToken::new());
+        let stopped = stop.clone();
         tokio::spawn(async move {
             let end = match row.built {
                 Built::No => {
                     let message = format!("`{}` is not built yet", row.name);
                     Err(ErrorBody::new(ErrorCode::NotImplemented, message))
                 }
-                Built::Yes => jobs.run(request, &told).await,
+                Built::Yes => jobs.run(request, &told, &stopped).await,
             };
             told.push(&match end {
                 Ok(()) => Event::Done(Done::default()),
                 Err(error) => Event::Error(error),
             });
         });
-        Ok((id, log))
+        Ok(Posted { id, log, stop })
     }
 
     /// The log of a job.
@@ -91,22 +103,43 @@ impl Jobs {
         })
     }
 
-    async fn run(&self, request: JobRequest, log: &JobLog) -> Result<(), ErrorBody> {
-        let supervisor = &self.spawner.supervisor;
+    async fn run(&self, request: JobRequest, log: &JobLog, stop: &CancellationToken) -> Result<(), ErrorBody> {
+        let (supervisor, models) = (&self.spawner.supervisor, &self.spawner.models);
+        let tell = |event: Event| {
+            log.push(&event);
+        };
         match request {
             JobRequest::WorkerSpawn(spawn) => {
-                let views = self
-                    .spawner
-                    .ensure(&spawn, &|event| {
-                        log.push(&event);
-                    })
-                    .await?;
+                let views = self.spawner.ensure(&spawn, &tell, stop).await?;
                 for view in views {
                     log.push(&Event::data(&view));
                 }
             }
             JobRequest::ModelPlan(plan) => {
-                log.push(&Event::data(&self.spawner.plan(&plan).await?));
+                log.push(&Event::data(&self.spawner.plan(&plan, &tell, stop).await?));
+            }
+            JobRequest::ModelDownload(of) => {
+                if !matches!(of.model, ModelRef::Hub { .. }) {
+                    let message = format!("{} is not a model of the hub", of.model);
+                    return Err(ErrorBody::new(ErrorCode::ModelNotFound, message)
+                        .with_hint("models of the hub are named org/name; `rbee model import` takes a folder"));
+                }
+                let local = models.bring(&of.model, &tell, stop).await?;
+                log.push(&Event::data(&models.answer(&local)));
+            }
+            JobRequest::ModelList(_) => {
+                for model in models.list().await? {
+                    log.push(&Event::data(&model));
+                }
+            }
+            JobRequest::ModelGet(of) => {
+                log.push(&Event::data(&models.get(&of.id).await?));
+            }
+            JobRequest::ModelDelete(of) => {
+                log.push(&Event::data(&models.delete(&of.id).await?));
+            }
+            JobRequest::ModelImport(import) => {
+                log.push(&Event::data(&models.import(&import).await?));
             }
             JobRequest::WorkerProcessList(_) => {
                 for process in supervisor.list() {

@@ -10,6 +10,7 @@ mod heartbeat;
 mod http;
 mod incarnation;
 mod jobs;
+mod models;
 mod rooms;
 mod spawn;
 
@@ -29,6 +30,7 @@ use crate::devices::Devices;
 use crate::http::Api;
 use crate::incarnation::Incarnations;
 use crate::jobs::Jobs;
+use crate::models::Models;
 use crate::spawn::Spawner;
 
 /// Bytes of one log file.
@@ -93,6 +95,18 @@ async fn serve_hive(cli: &Cli, home: &Home, settings: Settings) -> Result<(), Er
     let supervisor = Supervisor::new(&home.state.join("workers"), &home.run.join("workers"))
         .map_err(|error| failed("its folders", error))?;
     let worker = daemon::sibling("llm-worker-rbee").map_err(|error| failed("its worker's program", error))?;
+    let mut options = rbee_catalog::Options::from_env(&|name| std::env::var(name).ok())
+        .map_err(|error| failed("the store of models", error))?;
+    options.disk_budget = Some(settings.disk_budget_bytes.value).filter(|bytes| *bytes > 0);
+    options.trusted_origins = settings
+        .hub_mirrors
+        .value
+        .iter()
+        .map(|origin| rbee_catalog::Url::parse(origin))
+        .collect::<Result<_, _>>()
+        .map_err(|error| failed("its setting hub_mirrors", error))?;
+    let models = Models::new(rbee_catalog::Store::new(options), cli.hive_id.clone(), supervisor.clone());
+    tokio::spawn(models.clone().keep_known());
     let devices = Arc::new(Devices::discover(cuda_worker()));
     let build = build_id(std::path::Path::new("/proc/self/exe")).unwrap_or_default();
     let spawner = Arc::new(Spawner {
@@ -105,6 +119,7 @@ async fn serve_hive(cli: &Cli, home: &Home, settings: Settings) -> Result<(), Er
         cpu_memory: Some(settings.cpu_memory_bytes.value).filter(|bytes| *bytes > 0),
         incarnations,
         devices: Arc::clone(&devices),
+        models: models.clone(),
         supervisor: supervisor.clone(),
         asked: Mutex::default(),
         reserving: tokio::sync::Mutex::default(),
@@ -130,12 +145,13 @@ async fn serve_hive(cli: &Cli, home: &Home, settings: Settings) -> Result<(), Er
         seq: 0,
         url: url.clone(),
         devices: Vec::new(),
-        models: vec![rbee_wire::ModelRef::Tinybee],
+        models: Vec::new(),
+        downloads: Vec::new(),
         processes: Vec::new(),
         version: env!("CARGO_PKG_VERSION").into(),
         build,
     };
-    heartbeat::start(beat, settings.queen_url.value.clone(), token, devices, supervisor)
+    heartbeat::start(beat, settings.queen_url.value.clone(), token, devices, models, supervisor)
         .map_err(|error| failed("its heartbeat", error))?;
     tracing::info!(%url, "listening");
     daemon::announce_ready(&url);

@@ -3,6 +3,7 @@
 
 use std::time::Duration;
 
+use rbee_catalog::CancellationToken;
 use rbee_supervisor::run_bounded;
 use rbee_wire::event::{Event, NoteLevel};
 use rbee_wire::hive::{Device, DeviceKind, Process, ProcessState};
@@ -61,8 +62,14 @@ impl Spawner {
     ///
     /// # Errors
     /// When the model cannot be used anywhere, or the device that is named.
-    pub async fn plan(&self, plan: &ModelPlan) -> Result<PlanView, ErrorBody> {
-        let rooms = self.rooms(&plan.model, plan.device, &plan.load).await?;
+    pub async fn plan(
+        &self,
+        plan: &ModelPlan,
+        tell: &(dyn Fn(Event) + Sync),
+        stop: &CancellationToken,
+    ) -> Result<PlanView, ErrorBody> {
+        let path = self.locate(&plan.model, tell, stop).await?;
+        let rooms = self.rooms(&plan.model, path.as_deref(), plan.device, &plan.load).await?;
         Ok(PlanView { model: plan.model.clone(), hive_id: self.hive_id.clone(), rooms })
     }
 
@@ -71,10 +78,11 @@ impl Spawner {
     pub(crate) async fn rooms(
         &self,
         model: &ModelRef,
+        path: Option<&str>,
         wanted: DeviceSpec,
         load: &LoadOptions,
     ) -> Result<Vec<Room>, ErrorBody> {
-        self.check_model(model)?;
+        let file = path.map_or_else(|| model.to_string(), str::to_owned);
         let devices = match wanted {
             DeviceSpec::Auto if self.simulates() || *model == ModelRef::Tinybee || load.threads.is_some() => {
                 vec![self.devices.cpu()]
@@ -89,8 +97,8 @@ impl Spawner {
         };
         let (mut rooms, mut refusal) = (Vec::new(), None);
         for device in devices {
-            let room = match self.needed(&device, model, load).await {
-                Ok(needs) => self.room(&device, model, load, needs).await,
+            let room = match self.needed(&device, model, &file, load).await {
+                Ok(needs) => self.room(&device, model, &file, load, needs).await,
                 Err(error) => {
                     let refused = Some(error.message.clone());
                     refusal = Some(error);
@@ -145,7 +153,7 @@ impl Spawner {
         }
     }
 
-    async fn room(&self, device: &Device, model: &ModelRef, load: &LoadOptions, needs: LoadNeeds) -> Room {
+    async fn room(&self, device: &Device, model: &ModelRef, file: &str, load: &LoadOptions, needs: LoadNeeds) -> Room {
         let mut room = Room { needs: Some(needs), ..self.bare(device) };
         let base = needs.total.saturating_sub(needs.kv);
         room.context_fits = room
@@ -154,13 +162,20 @@ impl Spawner {
             .map(|left| (left / needs.kv_per_token.max(1)).min(needs.context))
             .filter(|tokens| *tokens > 0);
         if !room.fits() {
-            room.would_fit = self.ways(device, model, load, room.free).await;
+            room.would_fit = self.ways(device, model, file, load, room.free).await;
         }
         room
     }
 
     /// Other ways to load a model that fit into what is free: fewer bits, a shorter context, both.
-    async fn ways(&self, device: &Device, model: &ModelRef, asked: &LoadOptions, free: u64) -> Vec<WouldFit> {
+    async fn ways(
+        &self,
+        device: &Device,
+        model: &ModelRef,
+        file: &str,
+        asked: &LoadOptions,
+        free: u64,
+    ) -> Vec<WouldFit> {
         let way = |ctx: Option<u32>, quantize: Option<&str>| LoadOptions {
             ctx: ctx.or(asked.ctx),
             quantize: quantize.map(str::to_owned).or_else(|| asked.quantize.clone()),
@@ -171,7 +186,7 @@ impl Spawner {
         for load in [way(None, Some("q8_0")), way(None, Some("q4_k")), way(short, Some("q4_k")), way(short, None)] {
             // What cannot be inspected is not proposed.
             if load != *asked
-                && let Ok(needs) = self.needed(device, model, &load).await
+                && let Ok(needs) = self.needed(device, model, file, &load).await
                 && needs.least <= free
             {
                 let quantize = load.quantize.as_ref().map(|form| format!("--quantize {form}"));
@@ -183,8 +198,14 @@ impl Spawner {
         fitting
     }
 
-    /// Bytes that the load needs, from the model's own header, read by a worker.
-    async fn needed(&self, device: &Device, model: &ModelRef, load: &LoadOptions) -> Result<LoadNeeds, ErrorBody> {
+    /// Bytes that the load needs, from the header of the model's file or folder, read by a worker.
+    async fn needed(
+        &self,
+        device: &Device,
+        model: &ModelRef,
+        file: &str,
+        load: &LoadOptions,
+    ) -> Result<LoadNeeds, ErrorBody> {
         let LoadOptions { ctx, slots, kv_type, quantize, .. } = load;
         let slots = slots.unwrap_or(self.slots);
         let plain =
@@ -193,7 +214,7 @@ impl Spawner {
             return Ok(LoadNeeds { total: TINYBEE_NEEDS, least: TINYBEE_NEEDS, ..LoadNeeds::default() });
         }
         let mut command = std::process::Command::new(self.program(device));
-        command.arg("inspect").arg(model.to_string());
+        command.arg("inspect").arg(file);
         command.arg("--slots").arg(slots.to_string());
         for (name, value) in
             [("--ctx", &ctx.map(|ctx| ctx.to_string())), ("--kv-type", kv_type), ("--quantize", quantize)]

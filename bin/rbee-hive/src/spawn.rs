@@ -1,8 +1,9 @@
 //! `worker_spawn`: an idempotent reservation. There already, started, or refused with the numbers.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 
+use rbee_catalog::CancellationToken;
 use rbee_service::random_hex;
 use rbee_supervisor::{SpawnSpec, Supervisor};
 use rbee_wire::event::{Event, NoteLevel};
@@ -14,6 +15,7 @@ use rbee_wire::{DeviceId, DeviceSpec, ErrorBody, ErrorCode, HiveId, ModelRef, Wo
 
 use crate::devices::Devices;
 use crate::incarnation::Incarnations;
+use crate::models::Models;
 use crate::rooms::too_large;
 
 /// What the hive starts workers with.
@@ -36,6 +38,8 @@ pub struct Spawner {
     pub incarnations: Arc<Incarnations>,
     /// Devices.
     pub devices: Arc<Devices>,
+    /// The models of this machine.
+    pub models: Models,
     /// Workers.
     pub supervisor: Supervisor,
     /// What each worker was asked for; also makes one reservation at a time.
@@ -77,9 +81,10 @@ impl Spawner {
         &self,
         spawn: &WorkerSpawn,
         tell: &(dyn Fn(Event) + Sync),
+        stop: &CancellationToken,
     ) -> Result<Vec<SpawnView>, ErrorBody> {
-        self.check_model(&spawn.model)?;
-        let (outcome, processes) = self.reserve(spawn, tell).await?;
+        let path = self.locate(&spawn.model, tell, stop).await?;
+        let (outcome, processes) = self.reserve(spawn, path.as_deref(), tell).await?;
         let view = |process: &Process| SpawnView {
             outcome,
             worker_id: process.worker_id.clone(),
@@ -103,6 +108,7 @@ impl Spawner {
     async fn reserve(
         &self,
         spawn: &WorkerSpawn,
+        path: Option<&str>,
         tell: &(dyn Fn(Event) + Sync),
     ) -> Result<(SpawnOutcome, Vec<Process>), ErrorBody> {
         let _one = self.reserving.lock().await;
@@ -116,7 +122,7 @@ impl Spawner {
             return Ok((SpawnOutcome::Existing, all));
         }
         while all.len() < wanted {
-            let rooms = self.rooms(&spawn.model, spawn.device, &spawn.load).await?;
+            let rooms = self.rooms(&spawn.model, path, spawn.device, &spawn.load).await?;
             let Some((device, needs, free)) = self.choose(&rooms, tell) else {
                 return Err(too_large(&rooms));
             };
@@ -137,7 +143,7 @@ impl Spawner {
             let spec = SpawnSpec {
                 program: self.program(&device),
                 args: self.worker_args.clone(),
-                charge: Arc::new(self.charge(spawn, &device, granted.kv)),
+                charge: Arc::new(self.charge(spawn, path, &device, granted.kv)),
                 reserved: granted.reserved,
             };
             let process = self.supervisor.spawn(spec).await.map_err(|error| error.to_body())?;
@@ -176,6 +182,7 @@ impl Spawner {
     fn charge(
         &self,
         spawn: &WorkerSpawn,
+        path: Option<&str>,
         device: &Device,
         kv_bytes: Option<u64>,
     ) -> impl Fn() -> WorkerCharge + Send + Sync + use<> {
@@ -183,7 +190,7 @@ impl Spawner {
         let (hive_id, queen_url) = (self.hive_id.clone(), self.queen_url.clone());
         let queen_token = self.queen_token.clone();
         let incarnations = Arc::clone(&self.incarnations);
-        let (spawn, device, slots) = (spawn.clone(), device.clone(), self.slots);
+        let (spawn, path, device, slots) = (spawn.clone(), path.map(str::to_owned), device.clone(), self.slots);
         move || WorkerCharge {
             nonce: random_hex(16),
             worker_id: worker_id.clone(),
@@ -195,7 +202,7 @@ impl Spawner {
             model: spawn.model.clone(),
             device: device.id.clone(),
             device_uuid: device.uuid.clone(),
-            path: None,
+            path: path.clone(),
             keep_alive: spawn.keep_alive.unwrap_or_default(),
             load: LoadOptions { slots: Some(spawn.load.slots.unwrap_or(slots)), ..spawn.load.clone() },
             kv_bytes,
@@ -224,24 +231,37 @@ impl Spawner {
         }
     }
 
-    pub(crate) fn check_model(&self, model: &ModelRef) -> Result<(), ErrorBody> {
+    /// Where a model's files lie, where its name does not say that: fetched, if need be.
+    ///
+    /// # Errors
+    /// When they are not here and cannot be fetched, or no worker can read them.
+    pub(crate) async fn locate(
+        &self,
+        model: &ModelRef,
+        tell: &(dyn Fn(Event) + Sync),
+        stop: &CancellationToken,
+    ) -> Result<Option<String>, ErrorBody> {
         if self.simulates() {
-            return Ok(());
+            return Ok(None);
         }
-        let known = "`tinybee` is built in; a folder of safetensors files is named by its absolute path";
+        let unread = |what: &str| {
+            refuse(ErrorCode::NotImplemented, format!("{what}: GGUF files are not read by this build"))
+                .with_hint("take a repository or a folder with safetensors files")
+        };
         match model {
-            ModelRef::Tinybee => Ok(()),
-            ModelRef::Path(path) if path.ends_with(".gguf") => {
-                Err(refuse(ErrorCode::NotImplemented, format!("{path}: GGUF files are not read by this build"))
-                    .with_hint(known))
-            }
-            ModelRef::Path(path) if std::path::Path::new(path).is_dir() => Ok(()),
+            ModelRef::Tinybee => Ok(None),
+            ModelRef::Path(path) if path.ends_with(".gguf") => Err(unread(path)),
+            ModelRef::Path(path) if Path::new(path).is_dir() => Ok(None),
             ModelRef::Path(path) => {
-                Err(refuse(ErrorCode::ModelNotFound, format!("there is no model folder at {path}")).with_hint(known))
+                Err(refuse(ErrorCode::ModelNotFound, format!("there is no model folder at {path}"))
+                    .with_hint("`tinybee` is built in; a folder of safetensors files is named by its absolute path"))
             }
-            ModelRef::Hub { .. } | ModelRef::Alias(_) => {
-                let message = format!("{model} is not on this machine, and this build does not fetch models");
-                Err(refuse(ErrorCode::ModelNotFound, message).with_hint(known))
+            ModelRef::Alias(name) => {
+                Err(refuse(ErrorCode::ModelNotFound, format!("`{name}` is neither a model nor an alias")))
+            }
+            ModelRef::Hub { .. } => {
+                let path = self.models.bring(model, tell, stop).await?.path.display().to_string();
+                if path.ends_with(".gguf") { Err(unread(&model.to_string())) } else { Ok(Some(path)) }
             }
         }
     }

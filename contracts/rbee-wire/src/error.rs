@@ -76,6 +76,8 @@ error_codes! {
     PayloadTooLarge = "PAYLOAD_TOO_LARGE", 413, final, exit 1, "";
     /// The model is not in the store, not on the hub, or not reachable there.
     ModelNotFound = "MODEL_NOT_FOUND", 404, final, exit 3, "`rbee status` lists what is loaded; a local folder is named by its path";
+    /// The model cannot be removed while workers have it loaded.
+    ModelInUse = "MODEL_IN_USE", 409, final, exit 1, "unload it first with `rbee model unload REF`";
     /// The worker is still loading its model.
     ModelLoading = "MODEL_LOADING", 503, retry, exit 1, "wait for the load to end, or follow it with `rbee status --watch`";
     /// The model could not be loaded.

@@ -115,6 +115,19 @@ pub struct Process {
     pub url: Option<String>,
 }
 
+/// A model that is being fetched.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Download {
+    /// The model.
+    pub model: ModelRef,
+    /// Bytes that are there.
+    pub done: u64,
+    /// Bytes in all; 0 until they are known.
+    pub total: u64,
+    /// Bytes that come in a second.
+    pub bytes_per_s: u64,
+}
+
 /// A hive's full state, sent to the queen every second and at once when a process ends.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct HiveHeartbeat {
@@ -130,9 +143,12 @@ pub struct HiveHeartbeat {
     pub url: String,
     /// Its devices.
     pub devices: Vec<Device>,
-    /// Models in its store: none before a store exists.
+    /// Models that it can load without a download.
     #[serde(default)]
     pub models: Vec<ModelRef>,
+    /// Models that it fetches.
+    #[serde(default)]
+    pub downloads: Vec<Download>,
     /// Its worker processes, those that just ended included.
     #[serde(default)]
     pub processes: Vec<Process>,

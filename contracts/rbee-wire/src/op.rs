@@ -204,14 +204,14 @@ operations! {
     WorkerBinaryDelete "worker_binary_delete" Hive Admin No "rbee worker binary delete" "Removes a worker binary." WORKER_TYPE;
     WorkerDownload "worker_download" Hive Admin No "rbee worker binary download" "Fetches a worker binary." WORKER_TYPE;
     WorkerBuild "worker_build" Hive Admin No "rbee worker binary build" "Builds a worker binary." WORKER_TYPE;
-    ModelDownload "model_download" Hive Admin No "rbee model download" "Fetches a model into the store." MODEL;
-    ModelList "model_list" Hive Admin No "rbee model list" "Lists the store's models." ON_HIVE;
-    ModelGet "model_get" Hive Admin No "rbee model get" "Shows one model of the store." MODEL_ID;
-    ModelDelete "model_delete" Hive Admin No "rbee model delete" "Removes a model from the store." MODEL_ID;
+    ModelDownload "model_download" Hive Admin Yes "rbee model download" "Fetches a model into the store." MODEL;
+    ModelList "model_list" Hive Admin Yes "rbee model list" "Lists the store's models." ON_HIVE;
+    ModelGet "model_get" Hive Admin Yes "rbee model get" "Shows one model of the store." MODEL_ID;
+    ModelDelete "model_delete" Hive Admin Yes "rbee model delete" "Removes a model from the store." MODEL_ID;
     ModelPlan "model_plan" Hive Admin Yes "rbee plan" "What a model would need on each device, and what is free there." PLAN_FIELDS;
     ModelLoad "model_load" Queen Admin Yes "rbee model load" "Loads a model where it fits, and ends when it serves." LOAD_FIELDS;
     ModelUnload "model_unload" Queen Admin Yes "rbee model unload" "Lets the workers of a model finish, then ends them." UNLOAD_FIELDS;
-    ModelImport "model_import" Hive Admin No "rbee model import" "Takes files of this machine into the store." IMPORT_FIELDS;
+    ModelImport "model_import" Hive Admin Yes "rbee model import" "Takes files of this machine into the store." IMPORT_FIELDS;
     KeyCreate "key_create" Queen Admin Yes "rbee key create" "Makes a key, whose secret only its owner has." KEY_FIELDS;
     KeyList "key_list" Queen Admin Yes "rbee key list" "Lists the keys." NONE;
     KeyRevoke "key_revoke" Queen Admin Yes "rbee key revoke" "Closes a key at once, and cancels the answers it has under way." KEY_ID;
@@ -226,6 +226,11 @@ impl Operation {
     /// Its row of the table.
     pub fn row(self) -> &'static OperationRow {
         OPERATIONS.iter().find(|row| row.op == self).expect("the macro makes a row for every variant")
+    }
+
+    /// Whether it can be cancelled once it runs. Of the others no half is of any use.
+    pub fn can_be_cancelled(self) -> bool {
+        matches!(self, Self::Infer | Self::ModelLoad | Self::ModelDownload)
     }
 
     /// Its name on the wire.

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::error::ErrorBody;
 use crate::event::{Timings, Usage};
-use crate::hive::{Device, Process};
+use crate::hive::{Device, Download, Process};
 use crate::ids::{DeviceId, HiveId, Incarnation, JobId, KeyId, WorkerId};
 use crate::keep_alive::KeepAlive;
 use crate::model::ModelRef;
@@ -79,6 +79,12 @@ pub struct HiveView {
     pub age_ms: u64,
     /// Its devices.
     pub devices: Vec<Device>,
+    /// Models that it can load without a download.
+    #[serde(default)]
+    pub models: Vec<ModelRef>,
+    /// Models that it fetches.
+    #[serde(default)]
+    pub downloads: Vec<Download>,
     /// Its worker processes.
     pub processes: Vec<Process>,
     /// Its release.

@@ -177,6 +177,15 @@ impl Value for Vec<PathBuf> {
     }
 }
 
+impl Value for Vec<String> {
+    fn read(text: &str) -> Result<Self, String> {
+        Ok(text.split(',').map(str::trim).filter(|part| !part.is_empty()).map(str::to_owned).collect())
+    }
+    fn show(&self) -> String {
+        self.join(",")
+    }
+}
+
 macro_rules! settings {
     ($($name:ident: $type:ty = $default:literal, $env:literal, $secret:literal, $about:literal;)*) => {
         /// The merged settings.
@@ -213,6 +222,7 @@ settings! {
     token: Option<String> = "", "RBEE_TOKEN", true, "the bearer that every route asks for, liveness excepted";
     default_model: Option<ModelRef> = "", "RBEE_DEFAULT_MODEL", false, "the model when none is named";
     model_dirs: Vec<PathBuf> = "", "RBEE_MODEL_DIRS", false, "folders from which models may be named by path when a token is set";
+    policy: String = "first-available", "RBEE_POLICY", false, "which worker gets a job: first-available, least-loaded, or fastest, by rates as measured";
     queue_limit: u64 = "256", "RBEE_QUEUE_LIMIT", false, "jobs that may wait for a worker";
     queue_timeout_ms: u64 = "600000", "RBEE_QUEUE_TIMEOUT_MS", false, "most milliseconds a job may wait for a worker";
     job_grace_ms: u64 = "10000", "RBEE_JOB_GRACE_MS", false, "milliseconds a job goes on without a listener";
@@ -220,6 +230,8 @@ settings! {
     job_log_bytes: u64 = "67108864", "RBEE_JOB_LOG_BYTES", false, "bytes of job logs kept in all";
     slots: u32 = "8", "RBEE_SLOTS", false, "requests that one worker generates for at once, unless the spawn says otherwise";
     cpu_memory_bytes: u64 = "0", "RBEE_CPU_MEMORY_BYTES", false, "most bytes of this machine's memory that models may have; 0 is all that is free";
+    disk_budget_bytes: u64 = "0", "RBEE_DISK_BUDGET_BYTES", false, "most bytes that the store of models may have on the disk; 0 is what the disk has";
+    hub_mirrors: Vec<String> = "", "RBEE_HUB_MIRRORS", false, "origins such as http://10.0.0.5:8000, with commas between, that a hub may redirect downloads to although they are private";
     keep_alive: KeepAlive = "5m", "RBEE_KEEP_ALIVE", false, "how long a model that was loaded on demand stays when nobody uses it: `5m`, seconds, 0, or -1 for ever";
     residency_ms: u64 = "5000", "RBEE_RESIDENCY_MS", false, "least milliseconds that a model stays before it leaves for another";
     drain_ms: u64 = "30000", "RBEE_DRAIN_MS", false, "most milliseconds that a stopping daemon lets its jobs finish";
@@ -282,7 +294,8 @@ impl Settings {
                     let text = match value {
                         toml::Value::String(text) => text,
                         toml::Value::Array(items) => {
-                            items.iter().filter_map(toml::Value::as_str).collect::<Vec<_>>().join(":")
+                            let between = if key == "hub_mirrors" { "," } else { ":" };
+                            items.iter().filter_map(toml::Value::as_str).collect::<Vec<_>>().join(between)
                         }
                         other => other.to_string(),
                     };

@@ -24,7 +24,7 @@ use rbee_wire::view::{LoadedView, PlanView};
 use rbee_wire::worker::{LoadProgress, WorkerHeartbeat};
 use rbee_wire::{DeviceId, DeviceSpec, ErrorBody, HiveId, JobId, KeepAlive, KeyId, ModelRef, WorkerId};
 
-pub use policy::Policy;
+pub use policy::{Policy, Work};
 pub use scheduler::Scheduler;
 
 /// How the scheduler decides.
@@ -80,6 +80,8 @@ pub struct Want {
     pub hive_id: Option<HiveId>,
     /// What it is for.
     pub purpose: Purpose,
+    /// How much work it is.
+    pub work: Work,
     /// How long its model stays afterwards; as before unless given.
     pub keep_alive: Option<KeepAlive>,
     /// Do not load the model: what to do instead.
@@ -228,6 +230,11 @@ pub enum Effect {
     },
     /// Find out what a load needs and what the devices have; fetch its model's files before, if need be.
     Plan {
+        /// The load.
+        load: LoadKey,
+    },
+    /// Nobody waits for a load that is being planned any more: a download for it may stop.
+    Abandon {
         /// The load.
         load: LoadKey,
     },

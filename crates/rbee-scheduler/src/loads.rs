@@ -69,9 +69,9 @@ impl Load {
         }
     }
 
-    /// Nothing is under way for it that has to be waited for.
+    /// No hive has reserved memory for it yet, and nobody leaves for it.
     fn can_be_left(&self) -> bool {
-        matches!(self.phase, Phase::Waiting { .. })
+        matches!(self.phase, Phase::Planning | Phase::Waiting { .. })
     }
 }
 
@@ -315,8 +315,10 @@ impl Scheduler {
             self.loads.iter().filter(|(_, load)| load.can_be_left()).map(|(key, _)| key.clone()).collect();
         for key in left {
             let wanted = self.waiting.iter().any(|id| self.jobs.get(id).is_some_and(|job| job.load_key() == key));
-            if !wanted {
-                self.loads.remove(&key);
+            if !wanted && let Some(load) = self.loads.remove(&key) {
+                if matches!(load.phase, Phase::Planning) {
+                    out.push(Effect::Abandon { load: key });
+                }
             }
         }
         let mut waiting: Vec<(Duration, LoadKey)> = self

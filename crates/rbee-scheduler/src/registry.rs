@@ -98,6 +98,14 @@ impl Worker {
         UsedOf { total: self.beat.slots.total, used: self.beat.slots.used.max(self.dispatched) }
     }
 
+    /// Whether it serves, and every slot is taken.
+    pub fn is_full(&self, now: Duration) -> bool {
+        let slots = self.slots();
+        matches!(self.beat.state, WorkerState::Ready | WorkerState::Busy)
+            && now.saturating_sub(self.heard) <= FRESH
+            && slots.used >= slots.total
+    }
+
     /// Whether a job can be sent to it now.
     pub fn able(&self, now: Duration) -> bool {
         let slots = self.slots();
@@ -350,6 +358,8 @@ impl Registry {
             alive: now.saturating_sub(hive.heard) <= LEASE,
             age_ms: millis(now.saturating_sub(hive.heard)),
             devices: hive.beat.devices.clone(),
+            models: hive.beat.models.clone(),
+            downloads: hive.beat.downloads.clone(),
             processes: hive.beat.processes.clone(),
             version: hive.beat.version.clone(),
         });

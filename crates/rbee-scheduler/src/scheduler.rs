@@ -9,6 +9,7 @@ use rbee_wire::{ErrorBody, ErrorCode, Incarnation, JobId, KeyId, ModelRef, Worke
 use serde_json::json;
 
 use crate::loads::Load;
+use crate::policy::Choice;
 use crate::registry::{Back, Beat, DEAD, Gone, Registry, Worker};
 use crate::{Config, Effect, Event, LoadKey, Purpose, Want};
 
@@ -515,8 +516,13 @@ impl Scheduler {
         let others: Vec<&Worker> = able.iter().filter(fresh).copied().collect();
         // One that broke under it before is better than none: how often is bounded.
         let able = if others.is_empty() { able } else { others };
-        if let Some((worker, why)) = self.config.policy.choose(&able, now) {
-            return Place::Dispatch { worker: worker.beat.worker_id.clone(), why };
+        let busy: Vec<&Worker> = serving.iter().filter(|worker| worker.is_full(now)).copied().collect();
+        match self.config.policy.choose(&able, &busy, want.work, now) {
+            Some(Choice::Now(worker, why)) => {
+                return Place::Dispatch { worker: worker.beat.worker_id.clone(), why };
+            }
+            Some(Choice::Wait) => return Place::Queue,
+            None => {}
         }
         let starting = |worker: &&&Worker| worker.beat.state == WorkerState::Starting;
         if serving.iter().any(|worker| worker.beat.state != WorkerState::Starting) {

@@ -88,6 +88,7 @@ impl Script {
             "state": state, "model": model(model_name).to_string(),
             "device": options.iter().find_map(|word| word.strip_prefix("at=")).unwrap_or("cpu"),
             "keep_alive": options.iter().find_map(|word| word.strip_prefix("keep=")).unwrap_or("-1"),
+            "decode_rate": option("decode=").unwrap_or(0), "prefill_rate": option("prefill=").unwrap_or(0),
             "slots": {"total": total.parse::<u64>().unwrap(), "used": used.parse::<u64>().unwrap()},
             "steps": option("steps=").unwrap_or(0), "working": option("steps=").is_some(),
             "version": "0", "build": "0"
@@ -169,6 +170,7 @@ fn shown(effect: &Effect) -> String {
         Effect::Reject { job, error } => format!("reject {job} {}", error.code),
         Effect::Abort { job, error } => format!("abort {job} {}", error.code),
         Effect::Plan { load } => format!("plan {}", load.model),
+        Effect::Abandon { load } => format!("abandon {}", load.model),
         Effect::Load { load, hive, device, keep_alive } => format!("load {} {hive}/{device} {keep_alive}", load.model),
         Effect::Decided { .. } => String::new(),
         Effect::Unload { worker, .. } => format!("unload {worker}"),
@@ -639,7 +641,7 @@ fn a_model_leaves_when_nobody_has_used_it_for_as_long_as_the_last_user_said() {
          t=4.2 tick -> unload w1
          t=4.3 submit b one -> plan /one, loading b
          t=4.4 stays w1 HIVE_UNREACHABLE -> dispatch b w1
-         t=5.0 beat w1 ready one 0/1 keep=2",
+         t=5.0 beat w1 ready one 0/1 keep=2 -> abandon /one",
     );
     check(
         "t=0.0 beat w1 ready one 0/2
@@ -673,4 +675,43 @@ fn a_job_that_only_loads_ends_when_the_model_serves_busy_or_not() {
          t=0.7 submit c one only_load -> loaded c w1
          t=0.8 beat w1 busy one 1/1 keep=60",
     );
+}
+
+#[test]
+fn least_loaded_takes_the_one_with_most_of_its_slots_free() {
+    check_with(
+        Config { policy: Policy::LeastLoaded, ..config(100) },
+        "t=0.0 beat w1 ready tinybee 3/4
+         t=0.0 beat w2 ready tinybee 0/2
+         t=0.1 submit a tinybee -> dispatch a w2
+         t=0.2 submit b tinybee -> dispatch b w2
+         t=0.3 submit c tinybee -> dispatch c w1",
+    );
+}
+
+#[test]
+fn fastest_counts_rates_and_its_own_dispatches_and_waits_for_a_much_faster_one() {
+    check_with(
+        Config { policy: Policy::Fastest, ..config(100) },
+        "t=0.0 beat slow ready tinybee 0/1 decode=10 prefill=100
+         t=0.0 beat quick ready tinybee 0/1 decode=200 prefill=2000
+         t=0.1 submit a tinybee -> dispatch a quick
+         t=0.1 submit b tinybee -> queued b 0
+         t=0.2 ended a quick -> dispatch b quick",
+    );
+    check_with(
+        Config { policy: Policy::Fastest, ..config(100) },
+        "t=0.0 beat slow ready tinybee 0/1 decode=100 prefill=1000
+         t=0.0 beat quick ready tinybee 0/1 decode=120 prefill=1200
+         t=0.1 submit a tinybee -> dispatch a quick
+         t=0.1 submit b tinybee -> dispatch b slow",
+    );
+}
+
+#[test]
+fn every_policy_is_known_by_its_name() {
+    for (name, policy) in Policy::ALL {
+        assert_eq!((name.parse(), policy.to_string()), (Ok(*policy), (*name).to_owned()));
+    }
+    assert!("slowest".parse::<Policy>().is_err());
 }
