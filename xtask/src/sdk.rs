@@ -1,5 +1,5 @@
-//! The real openai packages, fetched into a cache below `target/`, for the suite that drives the built programs with them
-//! (`tests/e2e/sdk.rs`).
+//! The real openai packages and the model hub's, fetched into a cache below `target/`, for the suite that drives the built programs with them
+//! (`tests/e2e/sdk.rs`, `crates/rbee-catalog/tests/it/python.rs`).
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -7,10 +7,11 @@ use std::process::{Command, Stdio};
 use anyhow::{Context, Result};
 
 /// Name of the folder, and exact versions on PyPI. Prometheus' own package has a parser of what it scrapes; the last two check an
-/// OpenAPI document and bodies against it.
-const PYTHON: [(&str, &[&str]); 2] = [
+/// OpenAPI document and bodies against it. The hub's own package shares its cache with ours (`rbee-catalog/tests`).
+const PYTHON: [(&str, &[&str]); 3] = [
     ("py3", &["openai==3.54.0", "prometheus-client==0.22.1", "openapi-spec-validator==0.9.0", "jsonschema==4.26.0"]),
     ("py1", &["openai==1.109.1"]),
+    ("hub", &["huggingface_hub==2.4.0"]),
 ];
 
 /// The same on npm.

@@ -12,7 +12,7 @@ use tokio::time::{Instant, sleep, timeout, timeout_at};
 
 use crate::error::Error;
 use crate::guard::{self, PublicResolver, Target};
-use crate::options::Options;
+use crate::options::{Options, Proxies};
 
 /// Most redirects of one request.
 const MAX_HOPS: usize = 5;
@@ -76,11 +76,10 @@ impl Fetcher {
     /// # Errors
     /// [`Error::Tls`].
     pub(crate) fn new(options: Arc<Options>) -> Result<Self, Error> {
-        let proxies = &options.proxies;
-        let hosts = [&proxies.http, &proxies.https].into_iter().flatten();
+        let hosts = [&options.proxies.http, &options.proxies.https].into_iter().flatten();
         let hosts = hosts.filter_map(|proxy| proxy.host_str().map(str::to_owned)).collect();
         let tls = tls(&options)?;
-        let client = || {
+        let client = |resolver: Option<PublicResolver>| {
             let mut builder = Client::builder()
                 .user_agent(concat!("rbee/", env!("CARGO_PKG_VERSION")))
                 .redirect(reqwest::redirect::Policy::none())
@@ -88,16 +87,17 @@ impl Fetcher {
                 .tcp_nodelay(true)
                 .tls_backend_preconfigured(tls.clone())
                 .no_proxy();
-            if proxies.http.is_some() || proxies.https.is_some() {
-                builder = builder.proxy(proxy(&options));
+            if let Some(resolver) = resolver {
+                builder = builder.dns_resolver(resolver);
             }
-            builder
+            for proxy in proxies(&options)? {
+                builder = builder.proxy(proxy);
+            }
+            builder.build()
         };
-        let built = |builder: reqwest::ClientBuilder| {
-            builder.build().map_err(|error| Error::Tls { problem: error.to_string() })
-        };
-        let public = built(client().dns_resolver(PublicResolver { proxies: hosts }))?;
-        Ok(Self { trusted: built(client())?, public, options })
+        let failed = |error: reqwest::Error| Error::Tls { problem: error.to_string() };
+        let public = client(Some(PublicResolver { proxies: hosts })).map_err(failed)?;
+        Ok(Self { trusted: client(None).map_err(failed)?, public, options })
     }
 
     /// One request with its redirects. The answer is a success (2xx), and comes with where it came from.
@@ -259,20 +259,13 @@ fn retry_after(headers: &HeaderMap) -> Option<Duration> {
 }
 
 /// The operator's proxies, but never for a loopback address.
-fn proxy(options: &Options) -> reqwest::Proxy {
-    let proxies = options.proxies.clone();
-    let none_for = proxies.none_for.as_deref().and_then(reqwest::NoProxy::from_string);
-    let chosen = move |url: &Url| {
-        let loopback = match url.host() {
-            Some(url::Host::Ipv4(address)) => address.is_loopback(),
-            Some(url::Host::Ipv6(address)) => address.is_loopback(),
-            Some(url::Host::Domain(name)) => name == "localhost" || name.ends_with(".localhost"),
-            None => true,
-        };
-        let proxy = if url.scheme() == "https" { &proxies.https } else { &proxies.http };
-        proxy.clone().filter(|_| !loopback)
-    };
-    reqwest::Proxy::custom(chosen).no_proxy(none_for)
+fn proxies(options: &Options) -> Result<Vec<reqwest::Proxy>, reqwest::Error> {
+    let Proxies { http, https, none_for } = &options.proxies;
+    let none_for = format!("{},localhost,127.0.0.0/8,::1", none_for.as_deref().unwrap_or_default());
+    let proxy = |made: Result<reqwest::Proxy, _>| Ok(made?.no_proxy(reqwest::NoProxy::from_string(&none_for)));
+    let http = http.clone().map(|address| proxy(reqwest::Proxy::http(address)));
+    let https = https.clone().map(|address| proxy(reqwest::Proxy::https(address)));
+    http.into_iter().chain(https).collect()
 }
 
 /// TLS with the system's certificates. Without any, only a hub without TLS can be used.

@@ -1,8 +1,10 @@
 //! A blob on its way: `blobs/DIGEST.rbee-part` with the bytes that are there, `blobs/DIGEST.rbee-journal` with which
 //! those are, and a digest that follows the first missing byte.
 //!
-//! The journal says only what the disk has: a range is written to it after the data were synced, by a thread that does
-//! nothing else. The part becomes the blob by a rename, after the digest was found right and everything synced.
+//! The journal says what the disk has: a range is noted after the data were synced, by a thread that does nothing else.
+//! Between syncs it also says what the kernel has, with the boot for which that is true: a process that is killed loses
+//! next to nothing, a machine that loses its power what was not synced. Neither is believed without the digest. The part
+//! becomes the blob by a rename, after the digest was found right and everything synced.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -24,8 +26,8 @@ use crate::ranges::Ranges;
 pub(crate) const PART: &str = ".rbee-part";
 const JOURNAL: &str = ".rbee-journal";
 
-/// Longest journal that is read, in bytes.
-const MAX_JOURNAL: u64 = 4 << 20;
+/// Longest journal that is read, in bytes: one transfer writes some 2 MiB at most.
+const MAX_JOURNAL: u64 = 64 << 20;
 
 /// Bytes that are read back at once.
 const READ_BACK: usize = 1 << 20;
@@ -54,6 +56,9 @@ pub(crate) struct Part {
     /// Bytes that are not known to the journal, and how many make it worth a sync.
     unsynced: u64,
     interval: u64,
+    /// Bytes that were written and not noted at all.
+    fresh: Ranges,
+    notes: Notes,
     syncer: Option<Syncer>,
     gauge: Arc<Gauge>,
 }
@@ -89,13 +94,15 @@ impl Part {
         if !facts.is_file() {
             return Err(Error::RefusedFile { path, problem: "it is not a regular file" });
         }
-        let have = match read_journal(&journal, size)? {
+        let boot = boot();
+        let have = match read_journal(&journal, size, &boot)? {
             Some(have) if facts.len() == size => have,
             _ => {
                 fresh(&file, &path, &journal, size)?;
                 Ranges::default()
             }
         };
+        let notes = Notes::open(&journal, boot).map_err(Error::file("open", &journal))?;
         let mut part = Self {
             file: Arc::new(file),
             path,
@@ -107,6 +114,8 @@ impl Part {
             have,
             unsynced: 0,
             interval: (size / 64).clamp(1 << 20, 64 << 20),
+            fresh: Ranges::default(),
+            notes,
             syncer: None,
             gauge,
         };
@@ -132,6 +141,11 @@ impl Part {
             self.put(start, &bytes[from..to])?;
             at = until;
         }
+        // As often as is worth a line.
+        if self.fresh.total() >= (self.size / 4096).max(256 << 10) {
+            let noted = self.notes.add(&std::mem::take(&mut self.fresh), Grade::Written);
+            noted.map_err(|error| self.failed("note", error))?;
+        }
         if self.unsynced >= self.interval {
             self.sync_aside()?;
         }
@@ -142,6 +156,7 @@ impl Part {
         let end = start + bytes.len() as u64;
         self.file.write_all_at(bytes, start).map_err(|error| self.failed("write", error))?;
         self.have.insert(start, end);
+        self.fresh.insert(start, end);
         self.unsynced += bytes.len() as u64;
         self.gauge.done.store(self.have.total(), Ordering::Relaxed);
         if start != self.frontier {
@@ -175,7 +190,7 @@ impl Part {
     /// Has what is there synced and noted, unless that is still under way.
     fn sync_aside(&mut self) -> Result<(), Error> {
         if self.syncer.is_none() {
-            let started = Syncer::start(Arc::clone(&self.file), self.journal.clone(), self.size);
+            let started = self.notes.again().and_then(|notes| Syncer::start(Arc::clone(&self.file), notes));
             self.syncer = Some(started.map_err(Error::file("start the syncing thread for", &self.path))?);
         }
         let Some(syncer) = &self.syncer else { return Ok(()) };
@@ -199,7 +214,7 @@ impl Part {
             self.discard();
             return Ok(());
         }
-        let noted = self.file.sync_data().and_then(|()| note(&self.journal, self.size, &self.have));
+        let noted = self.file.sync_data().and_then(|()| self.notes.add(&self.have, Grade::Synced));
         noted.map_err(|error| self.failed("sync", error))
     }
 
@@ -268,7 +283,7 @@ fn fresh(file: &File, path: &Path, journal: &Path, size: u64) -> Result<(), Erro
         }
         file.set_len(size).map_err(full)?;
     }
-    Ok(())
+    fs::write(journal, header(size) + "\n").map_err(Error::file("begin", journal))
 }
 
 /// The thread that syncs data and then notes them in the journal.
@@ -279,14 +294,14 @@ struct Syncer {
 }
 
 impl Syncer {
-    fn start(file: Arc<File>, journal: PathBuf, size: u64) -> io::Result<Self> {
+    fn start(file: Arc<File>, notes: Notes) -> io::Result<Self> {
         // One order waits at most: the next one has all that it would have had.
         let (work, orders): (SyncSender<Ranges>, Receiver<Ranges>) = sync_channel(1);
         let failure = Arc::new(Mutex::new(None));
         let seen = Arc::clone(&failure);
         let thread = std::thread::Builder::new().name("catalog-sync".into()).spawn(move || {
             for have in orders {
-                if let Err(error) = file.sync_data().and_then(|()| note(&journal, size, &have)) {
+                if let Err(error) = file.sync_data().and_then(|()| notes.add(&have, Grade::Synced)) {
                     *seen.lock().unwrap_or_else(PoisonError::into_inner) = Some(error);
                     return;
                 }
@@ -306,48 +321,91 @@ impl Syncer {
     }
 }
 
-/// Appends ranges to a journal. A line counts once its end is there.
-fn note(journal: &Path, size: u64, have: &Ranges) -> io::Result<()> {
-    let mut file = File::options().append(true).create(true).open(journal)?;
-    let mut text = String::new();
-    if file.metadata()?.len() == 0 {
-        text = format!("rbee-journal 1 {size}\n");
-    }
-    for (start, end) in have.iter() {
-        text.push_str(&format!("{start} {end}\n"));
-    }
-    file.write_all(text.as_bytes())?;
-    file.sync_data()
+/// How sure a note is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Grade {
+    /// The disk has it.
+    Synced,
+    /// The kernel has it, for as long as it runs.
+    Written,
 }
 
-/// What a journal notes; `None` when there is none for a file of this size.
+/// The journal as it is written: whole lines, appended.
+struct Notes {
+    file: File,
+    /// What this boot is called; `None` when the system does not tell, and only synced ranges are noted.
+    boot: Option<String>,
+}
+
+impl Notes {
+    fn open(journal: &Path, boot: Option<String>) -> io::Result<Self> {
+        Ok(Self { file: File::options().append(true).open(journal)?, boot })
+    }
+
+    fn again(&self) -> io::Result<Self> {
+        Ok(Self { file: self.file.try_clone()?, boot: self.boot.clone() })
+    }
+
+    fn add(&self, ranges: &Ranges, grade: Grade) -> io::Result<()> {
+        let mut text = String::new();
+        for (start, end) in ranges.iter() {
+            match (grade, &self.boot) {
+                (Grade::Synced, _) => text.push_str(&format!("{start} {end}\n")),
+                (Grade::Written, Some(boot)) => text.push_str(&format!("{start} {end} {boot}\n")),
+                (Grade::Written, None) => {}
+            }
+        }
+        (&self.file).write_all(text.as_bytes())?;
+        if grade == Grade::Synced { self.file.sync_data() } else { Ok(()) }
+    }
+}
+
+/// What the kernel calls this boot.
+fn boot() -> Option<String> {
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id").ok()?;
+    let text = text.trim();
+    (!text.is_empty() && text.bytes().all(|b| b.is_ascii_hexdigit() || b == b'-')).then(|| text.to_owned())
+}
+
+/// What a journal notes that holds in this boot; `None` when there is none for a file of this size.
 ///
 /// # Errors
 /// [`Error::File`], [`Error::RefusedFile`].
-fn read_journal(path: &Path, size: u64) -> Result<Option<Ranges>, Error> {
+fn read_journal(path: &Path, size: u64, boot: &Option<String>) -> Result<Option<Ranges>, Error> {
     let Some(bytes) = layout::read_small(path, MAX_JOURNAL)? else { return Ok(None) };
-    Ok(parse_journal(&String::from_utf8_lossy(&bytes), size))
+    Ok(parse_journal(&String::from_utf8_lossy(&bytes), size, boot.as_deref()))
 }
 
-fn parse_journal(text: &str, size: u64) -> Option<Ranges> {
+fn parse_journal(text: &str, size: u64, boot: Option<&str>) -> Option<Ranges> {
+    // A line counts once its end is there.
     let whole = &text[..text.rfind('\n').map_or(0, |end| end + 1)];
     let mut lines = whole.lines();
-    if lines.next()? != format!("rbee-journal 1 {size}") {
+    if lines.next()? != header(size) {
         return None;
     }
     let mut have = Ranges::default();
     for line in lines {
-        let range = line.split_once(' ').and_then(|(start, end)| Some((start.parse().ok()?, end.parse().ok()?)));
-        let (start, end): (u64, u64) = range.filter(|&(start, end)| start < end && end <= size)?;
-        have.insert(start, end);
+        let mut words = line.split(' ');
+        let start: u64 = words.next()?.parse().ok()?;
+        let end: u64 = words.next()?.parse().ok()?;
+        if start >= end || end > size {
+            return None;
+        }
+        if words.next().is_none_or(|of| Some(of) == boot) {
+            have.insert(start, end);
+        }
     }
     Some(have)
+}
+
+fn header(size: u64) -> String {
+    format!("rbee-journal 1 {size}")
 }
 
 /// Bytes of an unfinished part that are noted, to show another process's progress.
 pub(crate) fn noted(blobs: &Path, hex: &str, size: u64) -> u64 {
     let journal = blobs.join(format!("{hex}{JOURNAL}"));
-    read_journal(&journal, size).ok().flatten().map_or(0, |have| have.total())
+    read_journal(&journal, size, &boot()).ok().flatten().map_or(0, |have| have.total())
 }
 
 /// Removes parts and journals that nobody has touched for `age`, but for those of `keep`.
@@ -405,9 +463,11 @@ mod tests {
 
     #[test]
     fn a_journal_is_believed_line_by_whole_line() {
-        let total = |text: &str| parse_journal(text, 100).map(|have| have.total());
+        let total = |text: &str| parse_journal(text, 100, Some("b1")).map(|have| have.total());
         assert_eq!(total("rbee-journal 1 100\n0 10\n20 30\n"), Some(20));
         assert_eq!(total("rbee-journal 1 100\n0 10\n20 3"), Some(10));
+        // What was not synced holds for the boot in which it was written.
+        assert_eq!(total("rbee-journal 1 100\n0 10 b1\n20 30 b0\n40 50\n"), Some(20));
         for text in ["", "rbee-journal 1 100", "rbee-journal 1 99\n0 10\n", "rbee-journal 1 100\n0 101\n", "x\n"] {
             assert_eq!(total(text), None, "{text:?}");
         }

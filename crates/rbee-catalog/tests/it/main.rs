@@ -2,5 +2,10 @@
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "tests fail by panicking")]
 
+mod faults;
 mod fetch;
+mod hostile;
 mod kit;
+mod layout;
+mod processes;
+mod python;
