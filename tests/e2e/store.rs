@@ -7,11 +7,15 @@ use rbee_testkit::hub::{Access, Hub, HubRepo, noise};
 use rbee_testkit::{Cluster, Setup, Signal, patience, wait_for};
 use serde_json::{Value, json};
 
-const TINYBEE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../tinybee/model");
 const ASK: [&str; 7] = ["-p", "What do bees make?", "--temperature", "0", "--max-tokens", "20", "-q"];
 
+/// The folder of the built-in model.
+fn tinybee() -> PathBuf {
+    PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/../tinybee/model")).canonicalize().unwrap()
+}
+
 fn tinybee_repo() -> HubRepo {
-    let read = |name: &str| std::fs::read(format!("{TINYBEE}/{name}")).unwrap();
+    let read = |name: &str| std::fs::read(tinybee().join(name)).unwrap();
     let small = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"];
     let repo = small.iter().fold(HubRepo::new(), |repo, name| repo.file(name, read(name)));
     repo.file("README.md", "bees").lfs("model.safetensors", read("model.safetensors"))
@@ -190,11 +194,12 @@ fn many_who_want_a_model_share_one_download_and_one_who_leaves_does_not_end_it()
 #[test]
 fn a_folder_is_taken_into_the_store_under_a_name() {
     let cluster = Setup::real().env("HF_HUB_OFFLINE", 1).home();
-    let id = cluster.rbee(&["model", "import", TINYBEE, "--as", "me/bee"]).exits(0).stdout;
+    let folder = tinybee().display().to_string();
+    let id = cluster.rbee(&["model", "import", &folder, "--as", "me/bee"]).exits(0).stdout;
     assert_eq!(id, "me/bee\n");
     let answer = cluster.rbee(&[&["infer", "-m", "me/bee"], &ASK[..]].concat()).exits(0);
     assert_eq!(answer.stdout.trim(), "Bees make honey.");
-    cluster.rbee(&["model", "import", TINYBEE, "--as", "no slash"]).exits(2);
+    cluster.rbee(&["model", "import", &folder, "--as", "no slash"]).exits(2);
     cluster.rbee(&["model", "import", "/nowhere/at/all"]).exits(3);
     let known: Value = cluster.queen().get("/v1/models").json();
     let ids: Vec<&str> = known["data"].as_array().unwrap().iter().map(|model| model["id"].as_str().unwrap()).collect();

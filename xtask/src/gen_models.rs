@@ -10,7 +10,7 @@ use serde_json::Value;
 
 const ABOUT: &str = "# Models
 
-`--model` takes a folder as the model hubs publish it: `config.json`, `tokenizer.json` (with `tokenizer_config.json` or
+`--model` takes a repository of the hub (`org/name`, `org/name@revision`) or a folder as one has it: `config.json`, `tokenizer.json` (with `tokenizer_config.json` or
 `chat_template.jinja` for chats), and `model.safetensors` or shards with `model.safetensors.index.json`. Weights in f32, f16 and
 bf16 are kept in their type; sums are in f32. With `--quantize q8_0` matrices are kept with 8.5 bits a weight, with `--quantize q4_k`
 with 4.6, and embedding and head with 8.5; matrices whose rows are not whole blocks (of 32, of 256) have the next larger form, and

@@ -151,10 +151,10 @@ impl Search<'_> {
 }
 
 /// Expected seconds that it costs when a worker leaves: those of loading it again, by the chance that it is asked for. Half as
-/// likely after each five minutes without a request.
+/// likely after each five minutes without a request. Loads of less than a second are all alike: who was used longest ago leaves.
 pub fn cost(reload: Duration, idle: Duration) -> f64 {
     const HALF: f64 = 300.0;
-    reload.as_secs_f64().max(0.001) * (-idle.as_secs_f64() / HALF).exp2()
+    reload.as_secs_f64().max(1.0) * (-idle.as_secs_f64() / HALF).exp2()
 }
 
 #[cfg(test)]
@@ -247,6 +247,7 @@ mod tests {
         let seconds = Duration::from_secs;
         assert!(cost(seconds(10), seconds(0)) > cost(seconds(5), seconds(0)));
         assert!(cost(seconds(10), seconds(600)) < cost(seconds(5), seconds(0)));
+        assert!(cost(Duration::from_millis(900), seconds(3)) < cost(Duration::from_millis(20), seconds(1)));
     }
 
     #[test]
