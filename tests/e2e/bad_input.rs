@@ -72,6 +72,7 @@ fn wrong(field: &Field) -> Vec<String> {
             "[{\"role\":\"user\",\"content\":1}]",
             "[{\"role\":\"user\",\"content\":\"\",\"x\":1}]",
         ]),
+        Kind::Prompt => texts(&["1", "[]", "[\"a\"]", "[-1]", "[1.5]", "[4294967296]", "[[1]]", "{}", "true"]),
         Kind::Inputs => texts(&["[]", "\"a\"", "[1]", "[\"\"]", "[[]]", "[[-1]]", "[{}]"]),
         Kind::Hex(digits) => {
             let of = |digit: &str, count| format!("\"{}\"", digit.repeat(count));

@@ -68,13 +68,15 @@ fn a_folder_of_every_family_answers_with_the_tokens_of_the_reference() {
         cluster.rbee(&["worker", "spawn", "--model", &model, "--kv-type", "f32", "--slots", "2"]).exits(0);
         for case in golden.cases {
             let prompt: String = case.prompt.iter().map(|id| names[*id as usize].as_str()).collect();
-            let told = cluster.job(&json!({
-                "operation": "infer", "model": model, "prompt": prompt, "temperature": 0, "max_tokens": case.clear,
-                "ignore_eos": true,
-            }));
-            let ids: Vec<u32> = told.tokens().iter().map(|token| token.id).collect();
-            assert_eq!(told.done().usage.unwrap().prompt_tokens, case.prompt.len() as u64, "{name}");
-            assert_eq!(ids, case.greedy[..case.clear], "{name}: {:?}", told.text());
+            for prompt in [json!(prompt), json!(case.prompt)] {
+                let told = cluster.job(&json!({
+                    "operation": "infer", "model": model, "prompt": prompt, "temperature": 0, "max_tokens": case.clear,
+                    "ignore_eos": true,
+                }));
+                let ids: Vec<u32> = told.tokens().iter().map(|token| token.id).collect();
+                assert_eq!(told.done().usage.unwrap().prompt_tokens, case.prompt.len() as u64, "{name}");
+                assert_eq!(ids, case.greedy[..case.clear], "{name}: {:?}", told.text());
+            }
         }
         let worker = cluster
             .status()

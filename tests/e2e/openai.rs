@@ -53,7 +53,7 @@ pub(crate) fn samples(field: &Field) -> (Value, Value) {
         (_, "chat_template_kwargs") => (with(json!({})), with(json!([]))),
         (_, "model") => (with(json!("tinybee")), with(json!(5))),
         (_, "messages") => (with(json!([{ "role": "user", "content": "hi" }])), with(json!([]))),
-        (_, "prompt") => (with(json!("hi")), with(json!([1]))),
+        (_, "prompt") => (with(json!([104, 105])), with(json!([-1]))),
         (_, "input") => (with(json!(["a", "b"])), with(json!([]))),
         (_, "encoding_format") => (with(json!("base64")), with(json!("int8"))),
         (Fate::Refused("always"), "dimensions") => (with(Value::Null), with(json!(64))),
@@ -173,6 +173,42 @@ fn data(bytes: &[u8]) -> Vec<Value> {
     let text = String::from_utf8(bytes.to_vec()).unwrap();
     let lines = text.lines().filter_map(|line| line.strip_prefix("data: ").map(str::to_owned));
     lines.map(|line| serde_json::from_str(&line).unwrap_or(Value::String(line))).collect()
+}
+
+#[test]
+fn a_prompt_of_token_ids_is_answered_as_its_text_is_and_foreign_ids_are_refused_by_name() {
+    let cluster = Setup::sim("").warm();
+    let text = prompt("ids");
+    // What the simulated model makes of a text.
+    let ids: Vec<u32> = text.bytes().map(u32::from).collect();
+    let complete = |prompt: Value| ask(&cluster, Endpoint::Completions, json!({ "prompt": prompt }));
+    let texts = |answer: &Answer| -> Vec<String> {
+        let json: Value = answer.json();
+        json["choices"].as_array().unwrap().iter().map(|choice| choice["text"].as_str().unwrap().to_owned()).collect()
+    };
+    let one = complete(json!(ids));
+    assert_eq!(one.status(), 200, "{}", one.text());
+    assert_eq!(texts(&one), [sim::text(0, &text, 3)]);
+    assert_eq!(one.json::<Value>()["usage"]["prompt_tokens"], ids.len());
+    let both = complete(json!([ids, ids[1..], text]));
+    assert_eq!(texts(&both), [sim::text(0, &text, 3), sim::text(0, &text[1..], 3), sim::text(0, &text, 3)]);
+    for foreign in [json!([104, u32::MAX]), json!([[104], [u32::MAX]])] {
+        for (endpoint, fields, name) in [
+            (Endpoint::Completions, json!({ "prompt": foreign }), "prompt"),
+            (Endpoint::Completions, json!({ "prompt": foreign, "stream": true }), "prompt"),
+            (Endpoint::Embeddings, json!({ "input": foreign }), "input"),
+            (Endpoint::Chat, json!({ "logit_bias": { "4000000": 1 } }), "logit_bias"),
+        ] {
+            // Of several prompts one may be on its way when another is refused: then the stream ends in the error.
+            if fields["stream"] == true && foreign[0].is_array() {
+                continue;
+            }
+            let refused = error(&ask(&cluster, endpoint, fields), 400);
+            let message = refused["message"].as_str().unwrap();
+            assert_eq!(refused["param"], name, "{foreign}: {refused}");
+            assert!(message.contains("vocabulary") && message.contains(&format!("`{name}`")), "{refused}");
+        }
+    }
 }
 
 #[test]

@@ -124,7 +124,7 @@ fn verbs_that_act() {
         .exits(3)
         .says(&["DEVICE_UNAVAILABLE"]);
     cluster.rbee(&["worker", "binary", "get", "abacus"]).exits(3);
-    cluster.rbee(&["model", "list"]).exits(1).says(&["NOT_IMPLEMENTED"]);
+    cluster.rbee(&["worker", "binary", "build", "cpu"]).exits(1).says(&["NOT_IMPLEMENTED"]);
 
     cluster.rbee(&["hive", "stop"]).exits(0);
     assert_eq!(cluster.running("rbee-hive"), []);

@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use rbee_testkit::http::{Http, Request, post, small_window};
 use rbee_testkit::process::raise_open_files;
-use rbee_testkit::{Cluster, Setup, patience, wait_for};
+use rbee_testkit::{Cluster, HandWorker, Setup, patience, wait_for};
 use rbee_wire::routes::{self, Route};
+use rbee_wire::worker::ReadyReply;
 use serde_json::{Value, json};
 
 use crate::{infer, prompt, with};
@@ -18,13 +19,34 @@ use crate::{infer, prompt, with};
 const MAX_BODY: usize = 24 << 20;
 
 /// The head of a post, to be followed by whatever.
-fn head(path: &str, more: &str) -> String {
-    format!("POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n{more}\r\n")
+fn head(server: &Http, path: &str, more: &str) -> String {
+    let bearer = server.bearer.as_ref().map(|bearer| format!("Authorization: Bearer {bearer}\r\n")).unwrap_or_default();
+    format!("POST {path} HTTP/1.1\r\nHost: localhost\r\n{bearer}Content-Type: application/json\r\n{more}\r\n")
 }
 
-/// Routes of the queen that read a body.
-fn posts() -> impl Iterator<Item = &'static Route> {
-    routes::QUEEN.iter().filter(|route| route.method == "POST")
+/// A worker whose bearer is known, beside the cluster's own.
+fn worker(cluster: &Cluster) -> HandWorker {
+    let worker = cluster.worker_by_hand(&[]);
+    serves(&worker);
+    worker
+}
+
+/// Waits until a worker would take a request, or would still.
+fn serves(worker: &HandWorker) {
+    wait_for("the worker to be ready", patience(Duration::from_secs(1)), || {
+        let ready: ReadyReply = worker.http.get(routes::WORKER_READY).json();
+        if ready.ready { Ok(()) } else { Err(format!("{ready:?}")) }
+    });
+}
+
+/// Every route of every daemon that reads a body.
+fn posts(cluster: &Cluster, worker: &HandWorker) -> Vec<(Http, &'static Route)> {
+    let servers =
+        [(cluster.queen(), routes::QUEEN), (cluster.hive(), routes::HIVE), (worker.http.clone(), routes::WORKER)];
+    let posts = |(server, table): (Http, &'static [Route])| {
+        table.iter().filter(|route| route.method == "POST").map(move |route| (server.clone(), route))
+    };
+    servers.into_iter().flat_map(posts).collect()
 }
 
 /// What comes until the server closes, and whether it did within the limit.
@@ -63,31 +85,33 @@ fn a_length_that_lies_is_refused_or_cut_off_and_nothing_runs() {
     let cluster = Setup::sim("").warm();
     let known = cluster.jobs().len();
     let body = json!({ "operation": "infer", "prompt": prompt("lies"), "detach": true }).to_string();
-    for route in posts() {
+    let worker = worker(&cluster);
+    for (server, route) in posts(&cluster, &worker) {
         for length in [MAX_BODY as u64 + 1, 1 << 40, u64::MAX] {
             let began = Instant::now();
-            let lies = head(route.path, &format!("Content-Length: {length}\r\n"));
-            let (said, closed) = talk(cluster.queen, lies.as_bytes(), patience(Duration::from_secs(1)));
+            let lies = head(&server, route.path, &format!("Content-Length: {length}\r\n"));
+            let (said, closed) = talk(server.address, lies.as_bytes(), patience(Duration::from_secs(1)));
             assert!(closed && said.starts_with("HTTP/1.1 4"), "{} {length}: {said}", route.path);
             assert!(said.starts_with("HTTP/1.1 413") || length == u64::MAX, "{} {length}: {said}", route.path);
             assert!(began.elapsed() < patience(Duration::from_secs(1)));
         }
         // More is promised than comes.
-        let mut socket = TcpStream::connect(cluster.queen).unwrap();
-        let lies = head(route.path, &format!("Content-Length: {}\r\n", body.len() + 1));
+        let mut socket = TcpStream::connect(server.address).unwrap();
+        let lies = head(&server, route.path, &format!("Content-Length: {}\r\n", body.len() + 1));
         socket.write_all(format!("{lies}{body}").as_bytes()).unwrap();
         socket.shutdown(Shutdown::Write).unwrap();
         let (said, closed) = listen(&mut socket, patience(Duration::from_secs(1)));
         assert!(closed && (said.is_empty() || said.starts_with("HTTP/1.1 400")), "{}: {said}", route.path);
     }
     assert_eq!(cluster.jobs().len(), known);
+    serves(&worker);
     is_well(&cluster);
 }
 
 /// Sends chunks until the server has had enough; gives its status, and how long it took after the limit was sent.
-fn endless(address: SocketAddr, path: &str) -> (u16, Duration) {
-    let mut socket = TcpStream::connect(address).unwrap();
-    socket.write_all(head(path, "Transfer-Encoding: chunked\r\n").as_bytes()).unwrap();
+fn endless(server: &Http, path: &str) -> (u16, Duration) {
+    let mut socket = TcpStream::connect(server.address).unwrap();
+    socket.write_all(head(server, path, "Transfer-Encoding: chunked\r\n").as_bytes()).unwrap();
     let mut listening = socket.try_clone().unwrap();
     let answered = thread::spawn(move || listen(&mut listening, Duration::from_secs(60)));
     let chunk = [format!("{:x}\r\n", 64 << 10).as_bytes(), &[b' '; 64 << 10], b"\r\n"].concat();
@@ -109,17 +133,19 @@ fn endless(address: SocketAddr, path: &str) -> (u16, Duration) {
 fn a_body_without_an_end_is_refused_and_200_of_them_cost_no_more_than_ten() {
     raise_open_files();
     let cluster = Setup::sim("").warm();
-    for route in posts() {
-        let (status, took) = endless(cluster.queen, route.path);
+    let worker = worker(&cluster);
+    for (server, route) in posts(&cluster, &worker) {
+        let (status, took) = endless(&server, route.path);
         assert_eq!(status, 413, "{}", route.path);
         assert!(took < patience(Duration::from_secs(1)), "{}: {took:?}", route.path);
     }
+    serves(&worker);
     let queen = cluster.the("queen-rbee");
     let before = queen.peak();
     thread::scope(|scope| {
         for _ in 0..200 {
             // What there is no room for now may come again.
-            scope.spawn(|| assert!(matches!(endless(cluster.queen, routes::JOBS).0, 413 | 503)));
+            scope.spawn(|| assert!(matches!(endless(&cluster.queen(), routes::JOBS).0, 413 | 503)));
         }
     });
     let rise = queen.peak().saturating_sub(before);
@@ -130,11 +156,12 @@ fn a_body_without_an_end_is_refused_and_200_of_them_cost_no_more_than_ten() {
 }
 
 #[test]
-fn broken_json_is_refused_on_every_route_that_reads_a_body() {
+fn broken_json_and_unknown_fields_are_refused_on_every_route_that_reads_a_body() {
     let cluster = Setup::sim("").warm();
     let known = cluster.jobs().len();
     let deep = format!("{{\"a\":{}", "[".repeat(100_000));
-    let bodies: [&[u8]; 12] = [
+    let bodies: [&[u8]; 13] = [
+        b"{\"frobnicate\":1}",
         b"{",
         b"[]",
         b"null",
@@ -148,17 +175,22 @@ fn broken_json_is_refused_on_every_route_that_reads_a_body() {
         b"{\"a\":\"\xff\"}",
         deep.as_bytes(),
     ];
-    for route in posts() {
+    let worker = worker(&cluster);
+    for (server, route) in posts(&cluster, &worker) {
         for body in bodies {
             let shown = String::from_utf8_lossy(&body[..body.len().min(40)]).into_owned();
-            let answer = cluster.queen().send(Request::new("POST", route.path).body(body));
+            let answer = server.send(Request::new("POST", route.path).body(body));
             assert_eq!(answer.status(), 400, "{} {shown}: {}", route.path, answer.text());
             let code = answer.json::<Value>()["error"]["code"].to_string().to_uppercase();
             assert!(code.contains("INVALID_REQUEST"), "{} {shown}: {code}", route.path);
         }
     }
     assert_eq!(cluster.jobs().len(), known);
-    assert_eq!(cluster.queen().get(routes::READY).status(), 200, "nobody asked it to stop");
+    // Nobody asked them to stop.
+    for server in [cluster.queen(), cluster.hive()] {
+        assert_eq!(server.get(routes::READY).status(), 200);
+    }
+    serves(&worker);
 }
 
 #[test]
@@ -170,7 +202,10 @@ fn numbers_outside_their_range_are_refused_at_once_on_every_surface() {
         (routes::JOBS, json!({ "operation": "infer", "prompt": text })),
         (routes::CHAT_COMPLETIONS, json!({ "messages": [{ "role": "user", "content": text }] })),
         (routes::COMPLETIONS, json!({ "prompt": text })),
+        (routes::INFERENCE, json!({ "prompt": text })),
     ];
+    let worker = worker(&cluster);
+    let queen = cluster.queen();
     let huge =
         ["2147483648", "9223372036854775808", "18446744073709551616", "-1", "-9223372036854775808", "1e400", "0.5"];
     let mut took = Vec::new();
@@ -178,8 +213,14 @@ fn numbers_outside_their_range_are_refused_at_once_on_every_surface() {
         let refused = |fields: &str| {
             let body = good.to_string();
             let body = format!("{},{fields}}}", body.strip_suffix('}').unwrap());
+            let (server, body) = match *path {
+                routes::INFERENCE => {
+                    (&worker.http, format!(r#"{{"job_id":"j","request_id":"r","generation":{body}}}"#))
+                }
+                _ => (&queen, body),
+            };
             let began = Instant::now();
-            let answer = cluster.queen().send(Request::new("POST", path).body(body));
+            let answer = server.send(Request::new("POST", path).body(body));
             is_refused(&answer, path, fields);
             began.elapsed()
         };
@@ -207,6 +248,7 @@ fn numbers_outside_their_range_are_refused_at_once_on_every_surface() {
     let median = took[took.len() / 2];
     assert!(median < Duration::from_millis(20), "{median:?}, and the longest {:?}", took.last());
     assert_eq!(cluster.jobs().len(), known, "nothing is queued");
+    serves(&worker);
 }
 
 fn is_refused(answer: &rbee_testkit::http::Answer, path: &str, fields: &str) {
@@ -219,11 +261,15 @@ fn two_requests_in_one_are_one_or_none() {
     let known = cluster.jobs().len();
     let body =
         json!({ "operation": "infer", "prompt": prompt("smugglers"), "max_tokens": 1, "detach": true }).to_string();
-    let second = format!("{}{body}", head(routes::JOBS, &format!("Content-Length: {}\r\n", body.len())));
-    let (none, all, after_chunk) = (0, second.len(), second.len() + 5);
+    let queen = cluster.queen();
+    let second = format!("{}{body}", head(&queen, routes::JOBS, &format!("Content-Length: {}\r\n", body.len())));
+    let worker = worker(&cluster);
+    // A first that no route takes: what reads it as chunks may answer it, and must then close.
+    let chunk = "1\r\n{\r\n0\r\n\r\n";
+    let (none, all, after_chunk) = (0, second.len(), second.len() + chunk.len());
     for (what, headers, between) in [
-        ("CL then TE", format!("Content-Length: {after_chunk}\r\nTransfer-Encoding: chunked\r\n"), "0\r\n\r\n"),
-        ("TE then CL", "Transfer-Encoding: chunked\r\nContent-Length: 5\r\n".into(), "0\r\n\r\n"),
+        ("CL then TE", format!("Content-Length: {after_chunk}\r\nTransfer-Encoding: chunked\r\n"), chunk),
+        ("TE then CL", format!("Transfer-Encoding: chunked\r\nContent-Length: {}\r\n", chunk.len()), chunk),
         ("TE of no kind", "Transfer-Encoding: xchunked\r\n".into(), "0\r\n\r\n"),
         ("TE twice", "Transfer-Encoding: chunked\r\nTransfer-Encoding: identity\r\n".into(), "0\r\n\r\n"),
         ("TE folded", "Transfer-Encoding:\r\n chunked\r\n".into(), "0\r\n\r\n"),
@@ -238,9 +284,9 @@ fn two_requests_in_one_are_one_or_none() {
         ("bare CR", format!("X: a\rContent-Length: {all}\r\n"), ""),
         ("NUL", "X: a\0b\r\n".into(), ""),
     ] {
-        for path in [routes::JOBS, routes::CHAT_COMPLETIONS, routes::COMPLETIONS] {
-            let bytes = format!("{}{between}{second}", head(path, &headers));
-            let (said, closed) = talk(cluster.queen, bytes.as_bytes(), patience(Duration::from_secs(1)));
+        for (server, Route { path, .. }) in posts(&cluster, &worker) {
+            let bytes = format!("{}{between}{second}", head(&server, path, &headers));
+            let (said, closed) = talk(server.address, bytes.as_bytes(), patience(Duration::from_secs(1)));
             assert!(closed, "{what} on {path}: the connection stays open: {said}");
             assert!(said.starts_with("HTTP/1.1 400"), "{what} on {path}: {said}");
             assert_eq!(said.matches("HTTP/1.1 ").count(), 1, "{what} on {path}: {said}");
@@ -248,8 +294,10 @@ fn two_requests_in_one_are_one_or_none() {
     }
     // Equal lengths may be taken for one (RFC 9110, 8.6), and then what follows is a request of its own, of a caller who may make it.
     // A line may end in a bare LF (RFC 9112, 2.2); then it ends a header like any other, here one that says that the rest is a body.
-    let bytes =
-        format!("{}{second}", head(routes::JOBS, &format!("X: a\nContent-Length: {all}\r\nConnection: close\r\n")));
+    let bytes = format!(
+        "{}{second}",
+        head(&queen, routes::JOBS, &format!("X: a\nContent-Length: {all}\r\nConnection: close\r\n"))
+    );
     let (said, closed) = talk(cluster.queen, bytes.as_bytes(), patience(Duration::from_secs(1)));
     assert!(closed && said.starts_with("HTTP/1.1 400") && said.matches("HTTP/1.1 ").count() == 1, "{said}");
     // A host in the first line is the host that is asked for.
@@ -287,7 +335,7 @@ fn who_sends_slowly_is_cut_off_in_time_and_disturbs_nobody() {
     };
     // Headers that come a byte in a while, bodies that do, and bodies that stop.
     let headers: Vec<TcpStream> = (0..500).map(|_| connect("POST /v1/jobs HTTP/1.1\r\nHost: loc")).collect();
-    let long = head(routes::JOBS, "Content-Length: 100000\r\n");
+    let long = head(&cluster.queen(), routes::JOBS, "Content-Length: 100000\r\n");
     let dripping: Vec<TcpStream> = (0..50).map(|_| connect(&long)).collect();
     let stopped: Vec<TcpStream> = (0..50).map(|_| connect(&format!("{long}{{"))).collect();
     let among = slowest(&cluster, 200);

@@ -48,6 +48,8 @@ const suite = {
       texts[chunk.choices[0].index] += chunk.choices[0].text;
     }
     assert.deepEqual(texts, answer.choices.map((choice) => choice.text));
+    const ids = await client.completions.create({ ...asked, prompt: [[5, 6, 7], [5, 6]] });
+    assert.deepEqual([ids.choices.length, ids.usage.prompt_tokens], [2, 5]);
   },
   async tools(model) {
     const weather = { type: "object", properties: { city: { type: "string" } }, required: ["city"] };

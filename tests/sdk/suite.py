@@ -121,7 +121,12 @@ def completions():
     lists = create(**asked, logprobs=2).choices[0].logprobs
     assert len(lists.tokens) == len(lists.token_logprobs) == len(lists.text_offset) == 8
     assert "".join(lists.tokens) == one.choices[0].text and lists.text_offset[1] == len(lists.tokens[0])
-    error = raised(openai.BadRequestError, lambda: create(model="tinybee", prompt=[1, 2, 3]))
+    ids = create(model="tinybee", prompt=[5, 6, 7], temperature=0, max_tokens=8)
+    assert ids.usage.prompt_tokens == 3 and len(ids.choices) == 1, ids
+    several = create(model="tinybee", prompt=[[5, 6, 7], [5, 6], [5, 6, 7]], temperature=0, max_tokens=8)
+    assert [choice.text for choice in several.choices][::2] == [ids.choices[0].text] * 2 and len(several.choices) == 3
+    assert several.usage.prompt_tokens == 8, several.usage
+    error = raised(openai.BadRequestError, lambda: create(model="tinybee", prompt=[5, 10**6]))
     assert error.param == "prompt", error
 
 

@@ -8,9 +8,11 @@ mod machine;
 mod relay;
 mod start;
 
+use std::process::Command;
+
 use anyhow::{Result, bail};
 
-const USAGE: &str = "usage: cargo xtask bench relay [--streams N] [--tokens N] [--workers N] [--rounds N] | bench start [--times N] | bench api [--rounds N] \
+const USAGE: &str = "usage: cargo xtask bench relay [--streams N] [--tokens N] [--workers N] [--rounds N] | bench start [--times N] | bench api [--rounds N] | bench download [--rounds N] \
      | bench engine [--shape 135m|360m|1.1b] [--quantize FORM] [--kv-type T] [--threads N] [--rounds N]";
 
 /// Runs the bench that the arguments after `bench` name.
@@ -21,10 +23,23 @@ pub fn run(args: &[String]) -> Result<()> {
     match args.split_first() {
         Some((name, rest)) if name == "relay" => relay::run(&relay::Plan::parse(rest)?),
         Some((name, rest)) if name == "api" => api::run(numbers(rest, [("--rounds", 3)])?[0]),
+        Some((name, rest)) if name == "download" => download(numbers(rest, [("--rounds", 5)])?[0]),
         Some((name, rest)) if name == "engine" => engine::run(rest),
         Some((name, rest)) if name == "start" => start::run(numbers(rest, [("--times", 7)])?[0]),
         _ => bail!(USAGE),
     }
+}
+
+/// A gigabyte from a hub on loopback, beside curl and sha256sum. The program is an example of the crate that downloads, which alone
+/// has what it takes.
+fn download(rounds: usize) -> Result<()> {
+    let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+    let args = ["run", "--release", "--locked", "--quiet", "-p", "rbee-catalog", "--example", "download", "--"];
+    let status = Command::new(cargo).args(args).arg(rounds.to_string()).status()?;
+    if !status.success() {
+        bail!("the download could not be measured");
+    }
+    Ok(())
 }
 
 /// Flags that take a whole number, in the order of their defaults.

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::{Context, Result, bail};
-use rbee_wire::fields::{Kind, Need};
+use rbee_wire::fields::{Kind, MAX_TEXT, Need};
 use rbee_wire::op::{Built, OPERATIONS, Target};
 use rbee_wire::routes::{self, Route};
 use rbee_wire::{Access, ErrorCode};
@@ -78,6 +78,7 @@ fn kind(kind: Kind) -> String {
             format!("list of {}", words.iter().map(|word| format!("`{word}`")).collect::<Vec<_>>().join(", "))
         }
         Kind::Tokens => "list of token ids".into(),
+        Kind::Prompt => format!("text, at most {MAX_TEXT} bytes, or list of token ids"),
         Kind::Inputs => "list of texts or lists of token ids".into(),
         Kind::Object => "object".into(),
         Kind::Tools => "list of `{type: \"function\", function: {name, description?, parameters?}}`".into(),

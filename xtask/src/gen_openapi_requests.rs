@@ -2,7 +2,7 @@
 
 use anyhow::{Result, bail};
 use rbee_openai::fields::{Endpoint, Fate};
-use rbee_wire::fields::{Field, Kind, MAX_INPUTS, MAX_MESSAGES, MAX_TOOLS, Need};
+use rbee_wire::fields::{Field, Kind, MAX_INPUTS, MAX_MESSAGES, MAX_TEXT, MAX_TOOLS, Need};
 use rbee_wire::hive::Process;
 use rbee_wire::job::{Message, ToolCall};
 use rbee_wire::key::KeyView;
@@ -156,6 +156,12 @@ fn tokens() -> Value {
     list(&json!({ "type": "integer", "minimum": 0, "maximum": u32::MAX }), 1 << 20)
 }
 
+fn some_tokens() -> Value {
+    let mut schema = tokens();
+    schema["minItems"] = 1.into();
+    schema
+}
+
 fn kind(kind: Kind) -> Value {
     let text = json!({ "type": "string" });
     match kind {
@@ -179,6 +185,7 @@ fn kind(kind: Kind) -> Value {
         Kind::Hex(digits) => json!({ "type": "string", "pattern": format!("^[0-9a-f]{{{digits}}}$") }),
         Kind::Words(words) => json!({ "type": "array", "items": { "enum": words }, "minItems": 1 }),
         Kind::Tokens => tokens(),
+        Kind::Prompt => json!({ "anyOf": [{ "type": "string", "maxLength": MAX_TEXT }, some_tokens()] }),
         Kind::Inputs => {
             json!({ "type": "array", "items": { "anyOf": [text, tokens()] }, "maxItems": MAX_INPUTS })
         }
@@ -272,7 +279,10 @@ fn own(endpoint: Endpoint, name: &str) -> Result<Value> {
             json!({ "type": "array", "items": named("ChatRequestMessage"), "minItems": 1, "maxItems": MAX_MESSAGES })
         }
         (_, "tools") => list(&named("Tool"), MAX_TOOLS),
-        (_, "prompt") => json!({ "anyOf": [text, list(&text, 16)] }),
+        (_, "prompt") => {
+            let prompts = list(&json!({ "anyOf": [text, some_tokens()] }), 16);
+            json!({ "anyOf": [text, some_tokens(), prompts] })
+        }
         (_, "input") => {
             let inputs = list(&json!({ "anyOf": [text, tokens()] }), MAX_INPUTS);
             json!({ "anyOf": [text, tokens(), inputs] })

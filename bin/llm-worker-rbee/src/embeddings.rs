@@ -10,7 +10,7 @@ use base64::prelude::BASE64_STANDARD;
 use futures::task::AtomicWaker;
 use rbee_engine::{Choice, EngineError, Finish, Goal, Output, Overloaded, Request, Sampling, TokenId, TokenStream};
 use rbee_wire::ErrorBody;
-use rbee_wire::job::EmbedInput;
+use rbee_wire::job::Input;
 use rbee_wire::view::Embedding;
 
 use crate::backend::{Answer, Loaded};
@@ -42,6 +42,14 @@ impl Stop {
     }
 }
 
+/// A refusal as the request would have it: what the engine was given as a prompt is one of the texts.
+fn by_name(error: EngineError) -> EngineError {
+    match error {
+        EngineError::Invalid { field: "prompt", problem } => EngineError::Invalid { field: "embed", problem },
+        other => other,
+    }
+}
+
 /// A request's texts on their way. Dropping it cancels what runs.
 pub struct Embeddings {
     loaded: Arc<Loaded>,
@@ -60,10 +68,10 @@ impl Embeddings {
     ///
     /// # Errors
     /// Whatever a text is refused for, and an engine without a place.
-    pub fn begin(loaded: Arc<Loaded>, inputs: &[EmbedInput], tenant: [u8; 16]) -> Result<Self, ErrorBody> {
-        let tokens = |input: &EmbedInput| match input {
-            EmbedInput::Text(text) => loaded.text.embedded(text),
-            EmbedInput::Tokens(ids) => Ok(ids.clone()),
+    pub fn begin(loaded: Arc<Loaded>, inputs: &[Input], tenant: [u8; 16]) -> Result<Self, ErrorBody> {
+        let tokens = |input: &Input| match input {
+            Input::Text(text) => loaded.text.embedded(text),
+            Input::Tokens(ids) => Ok(ids.clone()),
         };
         let waiting = inputs.iter().map(tokens).collect::<Result<VecDeque<_>, _>>()?;
         let prompt_tokens = waiting.iter().map(Vec::len).sum();
@@ -137,7 +145,7 @@ impl Embeddings {
                     self.index += 1;
                 }
                 Output::Done { .. } => return Poll::Ready(self.done(Finish::Cancelled)),
-                failed @ Output::Failed(_) => return Poll::Ready(Next::Output(failed)),
+                Output::Failed(error) => return Poll::Ready(Next::Output(Output::Failed(by_name(error)))),
                 Output::Started { .. } | Output::Prefill { .. } | Output::Token { .. } => {}
             }
         }

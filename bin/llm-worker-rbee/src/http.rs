@@ -11,7 +11,7 @@ use axum::routing::{delete, get, post};
 use axum::{Json, Router};
 use bytes::Bytes;
 use futures::{Stream, StreamExt};
-use rbee_service::{ApiError, Clock, Exposition, Guard, JsonBytes, protect, sse};
+use rbee_service::{ApiError, Clock, Exposition, Guard, JsonBytes, NoBody, protect, sse};
 use rbee_wire::channel::CONTENT_TYPE;
 use rbee_wire::job::JobAccepted;
 use rbee_wire::view::InfoReply;
@@ -162,9 +162,7 @@ impl Drop for Known {
 }
 
 async fn infer(State(api): State<Api>, headers: HeaderMap, JsonBytes(body): JsonBytes) -> Result<Response, ApiError> {
-    let request: InferenceRequest = serde_json::from_slice(&body).map_err(|error| {
-        ErrorBody::new(ErrorCode::InvalidRequest, format!("the body is not an inference request: {error}"))
-    })?;
+    let request = InferenceRequest::parse(&body)?;
     let loaded = api.serving()?;
     let job_id = request.job_id.clone();
     let seat = request.channel.clone();
@@ -255,7 +253,7 @@ async fn tokenize(State(api): State<Api>, JsonBytes(body): JsonBytes) -> Result<
     Ok(Json(json!({ "tokens": tokens })))
 }
 
-async fn drain(State(api): State<Api>) -> Json<Value> {
+async fn drain(State(api): State<Api>, _: NoBody) -> Json<Value> {
     api.status.drain();
     Json(json!({ "draining": true }))
 }

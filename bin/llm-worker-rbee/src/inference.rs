@@ -15,13 +15,14 @@ use rbee_wire::event::{
     ChoiceEnd, Done, Event, FinishReason, NoteLevel, Started, Timings, Token, TokenLogprobs, ToolCallPart, TopLogprob,
     Usage,
 };
-use rbee_wire::job::Generation;
+use rbee_wire::fields::Violation;
+use rbee_wire::job::{Generation, Input, invalid};
 use rbee_wire::worker::InferenceRequest;
 use rbee_wire::{ErrorBody, ErrorCode, JobId, ModelRef, WorkerId, channel, sse};
 
 use serde_json::json;
 
-use crate::backend::{Loaded, SamplingDefaults};
+use crate::backend::{Answer, Encoded, Loaded, SamplingDefaults};
 use crate::embeddings::{Embeddings, Next, Stop};
 use crate::status::Status;
 
@@ -107,7 +108,11 @@ pub fn begin(status: &Status, loaded: Arc<Loaded>, request: InferenceRequest) ->
         let facts = facts(generation.seed.unwrap_or(0), None);
         return Ok(Inference { job_id, source: Source::Embeddings(embeddings), facts });
     }
-    let encoded = loaded.text.encode(&generation)?;
+    let encoded = match &generation.prompt {
+        // Whether the vocabulary has them is the engine's to say.
+        Some(Input::Tokens(ids)) => Encoded { prompt: ids.clone(), note: None, answer: Answer::GoesOn },
+        Some(Input::Text(_)) | None => loaded.text.encode(&generation)?,
+    };
     let seed = match generation.seed {
         Some(seed) => seed,
         None => u64::from_str_radix(&random_hex(8), 16).expect("16 hexadecimal digits are a u64"),
@@ -171,7 +176,9 @@ fn sampling(generation: &Generation, defaults: &SamplingDefaults, seed: u64) -> 
 pub fn engine_error(error: &EngineError) -> ErrorBody {
     let code = match error {
         EngineError::ContextLength { .. } => ErrorCode::ContextLengthExceeded,
-        EngineError::Invalid { .. } => ErrorCode::InvalidRequest,
+        EngineError::Invalid { field, problem } => {
+            return invalid(vec![Violation { field: (*field).into(), problem: problem.clone() }]);
+        }
         EngineError::Overloaded(Overloaded::Full { .. }) => ErrorCode::Overloaded,
         EngineError::Overloaded(Overloaded::Draining) | EngineError::ShutDown => ErrorCode::Draining,
         EngineError::OutOfMemory(_) => ErrorCode::Oom,

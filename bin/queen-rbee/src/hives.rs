@@ -135,6 +135,7 @@ impl Hives {
             hive_id: hive_id.clone(),
             model: load.model.clone(),
             device: load.device,
+            fetch: true,
             load: LoadOptions::default(),
         };
         let mut answer = None;

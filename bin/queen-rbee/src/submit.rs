@@ -7,8 +7,8 @@ use std::time::Duration;
 
 use rbee_scheduler::{Event as Heard, Purpose, Want, Work};
 use rbee_service::{Caller, Listener, current_request_id, current_trace, random_hex};
-use rbee_wire::job::Infer;
-use rbee_wire::{ErrorBody, ErrorCode, JobRequest, ModelRef, RequestId};
+use rbee_wire::job::{Infer, Input};
+use rbee_wire::{ErrorBody, ErrorCode, JobRequest, KeepAlive, ModelRef, RequestId};
 
 use crate::http::Api;
 use crate::jobs::{Job, Origin};
@@ -126,6 +126,14 @@ async fn begin(api: &Api, job: &Arc<Job>) -> Result<(), ErrorBody> {
             return Ok(());
         }
     };
+    if infer.keep_alive == Some(KeepAlive::Forever) && job.key.as_ref().is_some_and(|key| !key.is_admin()) {
+        let message = "a model is kept for ever by an admin only";
+        job.fail(
+            now,
+            ErrorBody::new(ErrorCode::Forbidden, message).with_hint("give `keep_alive` a time, such as `1h`"),
+        );
+        return Ok(());
+    }
     let model = match infer.model.as_ref().map(|model| resolve(&api.aliases, model)).transpose() {
         Ok(model) => model,
         Err(error) => {
@@ -143,7 +151,7 @@ async fn begin(api: &Api, job: &Arc<Job>) -> Result<(), ErrorBody> {
         purpose: Purpose::Run,
         work: work(infer),
         keep_alive: infer.keep_alive,
-        no_load: no_load(api, job.key.as_deref(), infer),
+        no_load: no_load(api, job.key.as_deref(), infer).await,
         deadline: infer.deadline_ms.map(|ms| job.posted + Duration::from_millis(ms)),
     };
     api.ops.brain.submit(Heard::Submit { job: job.id.clone(), want }).await
@@ -152,15 +160,21 @@ async fn begin(api: &Api, job: &Arc<Job>) -> Result<(), ErrorBody> {
 /// How much work an answer may be: four bytes are a token, more or less.
 fn work(infer: &Infer) -> Work {
     let generation = &infer.generation;
-    let messages = generation.messages.iter().flatten().map(|message| message.content.len());
-    let bytes = generation.prompt.iter().map(String::len).chain(messages).sum::<usize>() as u64;
+    let of_messages: usize = generation.messages.iter().flatten().map(|message| message.content.len() / 4).sum();
+    let of_prompt = match &generation.prompt {
+        Some(Input::Text(text)) => text.len() / 4,
+        Some(Input::Tokens(ids)) => ids.len(),
+        None => 0,
+    };
     let usual = Work::default();
-    Work { prompt: (bytes / 4).max(1), answer: generation.max_tokens.unwrap_or(usual.answer) }
+    let prompt = (of_messages + of_prompt).max(1) as u64;
+    Work { prompt, answer: generation.max_tokens.unwrap_or(usual.answer) }
 }
 
 /// What to do where the model is not to be loaded: the poster said so, or may not have it loaded. A path that a key without the
-/// scope `admin` names may be any file of the machine: what serves already may answer, and what lies in the operator's folders.
-fn no_load(api: &Api, key: Option<&Key>, infer: &Infer) -> Option<&'static str> {
+/// scope `admin` names may be any file of the machine, a repository any size: what serves already may answer, and what lies in the
+/// operator's folders or in a hive's store.
+async fn no_load(api: &Api, key: Option<&Key>, infer: &Infer) -> Option<&'static str> {
     if infer.no_load == Some(true) {
         return ErrorCode::NoWorker.hint();
     }
@@ -170,6 +184,12 @@ fn no_load(api: &Api, key: Option<&Key>, infer: &Infer) -> Option<&'static str> 
             (!inside).then_some(
                 "with this key a path loads nothing outside of `model_dirs`: an admin loads it with `rbee worker spawn --model PATH`",
             )
+        }
+        (Some(key), Some(model @ ModelRef::Hub { .. })) if !key.is_admin() => {
+            let hives = api.ops.brain.fleet().await.hives;
+            let stored = hives.iter().any(|hive| hive.models.contains(model));
+            (!stored)
+                .then_some("with this key nothing is downloaded: an admin fetches it with `rbee model download REF`")
         }
         _ => None,
     }

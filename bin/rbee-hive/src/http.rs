@@ -5,7 +5,7 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{get, post};
 use axum::{Json, Router};
-use rbee_service::{ApiError, Clock, Exposition, Guard, JsonBytes, protect, sse};
+use rbee_service::{ApiError, Clock, Exposition, Guard, JsonBytes, NoBody, protect, sse};
 use rbee_wire::hive::{Process, ProcessState};
 use rbee_wire::job::JobAccepted;
 use rbee_wire::view::{DaemonReady, InfoReply};
@@ -101,7 +101,7 @@ async fn metrics(State(api): State<Api>) -> Exposition {
     out
 }
 
-async fn shutdown(State(api): State<Api>) -> Json<Value> {
+async fn shutdown(State(api): State<Api>, _: NoBody) -> Json<Value> {
     api.jobs.shutdown.begin();
     Json(json!({ "draining": true }))
 }

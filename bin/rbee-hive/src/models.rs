@@ -130,7 +130,11 @@ impl Models {
         Ok(local)
     }
 
-    async fn local(&self, model: &ModelRef) -> Result<Option<Local>, ErrorBody> {
+    /// A model of the hub, if all its files are in the store.
+    ///
+    /// # Errors
+    /// When its name means several, or the store cannot be read.
+    pub async fn local(&self, model: &ModelRef) -> Result<Option<Local>, ErrorBody> {
         let (store, wanted) = (self.store.clone(), model.clone());
         self.blocking(move || store.local(&wanted)).await
     }

@@ -68,7 +68,10 @@ impl Spawner {
         tell: &(dyn Fn(Event) + Sync),
         stop: &CancellationToken,
     ) -> Result<PlanView, ErrorBody> {
-        let path = self.locate(&plan.model, tell, stop).await?;
+        let path = match plan.fetch {
+            true => self.locate(&plan.model, tell, stop).await?,
+            false => self.stored(&plan.model).await?,
+        };
         let rooms = self.rooms(&plan.model, path.as_deref(), plan.device, &plan.load).await?;
         Ok(PlanView { model: plan.model.clone(), hive_id: self.hive_id.clone(), rooms })
     }

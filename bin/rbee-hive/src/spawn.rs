@@ -266,6 +266,19 @@ impl Spawner {
         }
     }
 
+    /// As [`Spawner::locate`], without a download.
+    ///
+    /// # Errors
+    /// Also when it would have to be fetched.
+    pub(crate) async fn stored(&self, model: &ModelRef) -> Result<Option<String>, ErrorBody> {
+        let hub = matches!(model, ModelRef::Hub { .. }) && !self.simulates();
+        if hub && self.models.local(model).await?.is_none() {
+            return Err(refuse(ErrorCode::ModelNotFound, format!("{model} is not in the store"))
+                .with_hint("`rbee model download REF` fetches it"));
+        }
+        self.locate(model, &|_| (), &CancellationToken::new()).await
+    }
+
     pub(crate) fn simulates(&self) -> bool {
         self.worker_args.iter().any(|arg| arg == "sim" || arg == "--backend=sim")
     }

@@ -3,13 +3,14 @@
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
 use rbee_wire::event::Event;
+use rbee_wire::job::invalid;
 use rbee_wire::view::Embedding;
 use rbee_wire::{ErrorBody, ErrorCode};
 use serde_json::Value;
 
 use crate::answer::Step;
 use crate::body::{EmbeddingItem, EmbeddingList, EmbeddingUsage, Values};
-use crate::request::Encoding;
+use crate::request::{Encoding, TEXTS, renamed};
 
 /// An answer on its way.
 #[derive(Debug)]
@@ -47,7 +48,10 @@ impl Vectors {
                 self.prompt_tokens = done.usage.map_or(0, |usage| usage.prompt_tokens);
                 Step::Over
             }
-            Event::Error(error) => Step::Failed(Box::new(error.clone())),
+            Event::Error(error) => {
+                let named = renamed(error, &[TEXTS]).map(invalid);
+                Step::Failed(Box::new(named.unwrap_or_else(|| error.clone())))
+            }
             _ => Step::Waiting,
         }
     }

@@ -104,7 +104,10 @@ const CHAT: &[Field] = &[
 
 /// Fields of `POST /v1/completions` alone.
 const COMPLETIONS: &[Field] = &[
-    own("prompt", "a text, or a list of up to 16; token ids are refused"),
+    own(
+        "prompt",
+        "a text, a list of up to 16, or token ids of the model's own vocabulary in place of texts, to which nothing is added",
+    ),
     own("max_tokens", "16 unless given, as the dialect has it"),
     own("logprobs", "the number of likeliest tokens, 0 to 20"),
     refused("best_of", "unless equal to `n`"),

@@ -14,6 +14,9 @@ const MAX_PROMPTS: usize = 16;
 /// Tokens of a completion that names no number: the dialect's own default.
 const COMPLETION_TOKENS: u64 = 16;
 
+/// The texts to embed, as the job calls them and as they are called here.
+pub(crate) const TEXTS: (&str, &str) = ("embed", "input");
+
 /// What is done with fields that change nothing.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Unknown {
@@ -97,6 +100,18 @@ pub fn read(endpoint: Endpoint, bytes: &[u8], unknown: Unknown) -> Result<Asked,
     reader.finish(prompts)
 }
 
+/// What a refusal of a job lists, under the names that the fields have here, from pairs of the job's and our own.
+pub(crate) fn renamed(error: &ErrorBody, names: &[(&str, &str)]) -> Option<Vec<Violation>> {
+    let list = error.details.as_ref()?["violations"].clone();
+    let mut violations: Vec<Violation> = serde_json::from_value(list).ok()?;
+    for wrong in &mut violations {
+        if let Some((_, here)) = names.iter().find(|(there, _)| *there == wrong.field) {
+            wrong.field = (*here).into();
+        }
+    }
+    Some(violations)
+}
+
 /// A name from outside as it may be shown.
 fn shown(name: &str) -> String {
     name.chars().take(64).collect::<String>().escape_debug().to_string()
@@ -152,7 +167,7 @@ impl Reader {
                 let one = value.is_string() || value.as_array().is_some_and(|items| items.iter().all(Value::is_number));
                 let inputs = if one && *value != json!([]) { json!([value]) } else { value.clone() };
                 self.job.insert("embed".into(), inputs);
-                self.renamed.push(("embed", "input"));
+                self.renamed.push(TEXTS);
             }
             "encoding_format" => match value.as_str() {
                 Some("float") => self.encoding = Encoding::Floats,
@@ -292,21 +307,19 @@ impl Reader {
     fn prompts(&mut self, value: &Value) -> Vec<Value> {
         match value {
             Value::String(_) => vec![value.clone()],
+            // The ids of one prompt. Whether they are ids is the job's to say.
+            Value::Array(list) if !list.is_empty() && list.iter().all(Value::is_number) => vec![value.clone()],
             Value::Array(list) if list.is_empty() || list.len() > MAX_PROMPTS => {
                 self.wrong("prompt", format!("must be a text, or 1 to {MAX_PROMPTS} of them"));
                 Vec::new()
             }
-            Value::Array(list) if list.iter().all(Value::is_string) => list.clone(),
-            Value::Array(_) => {
-                self.wrong("prompt", "must be a text or a list of texts; token ids are not supported by this build");
-                Vec::new()
-            }
+            Value::Array(list) if list.iter().all(|one| one.is_string() || one.is_array()) => list.clone(),
             Value::Null => {
                 self.wrong("prompt", "is required");
                 Vec::new()
             }
             _ => {
-                self.wrong("prompt", "must be a text or a list of texts");
+                self.wrong("prompt", "must be a text, a list of texts, or token ids in place of texts");
                 Vec::new()
             }
         }
@@ -328,18 +341,9 @@ impl Reader {
                 Ok(JobRequest::Infer(infer)) => jobs.push(*infer),
                 Ok(_) => {}
                 Err(error) => {
-                    let details = error.details.as_ref().map(|details| details["violations"].clone());
-                    let Some(Ok(violations)) = details.map(serde_json::from_value::<Vec<Violation>>) else {
-                        return Err(error);
-                    };
-                    let renamed = |mut wrong: Violation| {
-                        if let Some((_, here)) = self.renamed.iter().find(|(there, _)| *there == wrong.field) {
-                            wrong.field = (*here).into();
-                        }
-                        wrong
-                    };
+                    let Some(violations) = renamed(&error, &self.renamed) else { return Err(error) };
                     let news = violations.into_iter().filter(|wrong| !(faulty && wrong.field == "prompt"));
-                    self.found.extend(news.map(renamed));
+                    self.found.extend(news);
                     break;
                 }
             }
@@ -393,6 +397,8 @@ fn asks_for_nothing(name: &str, value: &Value, body: &Map<String, Value>) -> boo
 
 #[cfg(test)]
 mod tests {
+    use rbee_wire::job::Input;
+
     use super::*;
 
     fn asked(endpoint: Endpoint, body: &Value) -> Result<Asked, Vec<String>> {
@@ -539,14 +545,39 @@ mod tests {
     #[test]
     fn a_completion_of_several_prompts_is_as_many_jobs() {
         let asked = completion(json!({ "prompt": ["a", "b"], "n": 2, "best_of": 2, "logprobs": 3 })).unwrap();
-        let prompts: Vec<_> = asked.jobs.iter().map(|job| job.generation.prompt.clone().unwrap()).collect();
+        let prompts: Vec<_> = asked.jobs.iter().map(|job| job.generation.prompt_text().unwrap()).collect();
         assert_eq!(prompts, ["a", "b"]);
         let generation = &asked.jobs[1].generation;
         assert_eq!((generation.n, generation.max_tokens, generation.top_logprobs), (Some(2), Some(16), Some(3)));
-        for wrong in [json!([]), json!([1, 2]), json!([[1]]), json!(5), json!(null), json!(vec!["x"; 17])] {
+        for wrong in [
+            json!([]),
+            json!([1, "a"]),
+            json!([-1]),
+            json!([1.5]),
+            json!([[]]),
+            json!([[1], ["a"]]),
+            json!(5),
+            json!(null),
+            json!(vec!["x"; 17]),
+            json!(vec![[1]; 17]),
+        ] {
             assert_eq!(completion(json!({ "prompt": wrong.clone() })), Err(vec!["prompt".into()]), "{wrong}");
         }
         assert_eq!(completion(json!({ "best_of": 2, "echo": true })), Err(vec!["best_of".into(), "echo".into()]));
+    }
+
+    #[test]
+    fn token_ids_are_one_prompt_and_lists_of_them_are_several() {
+        for (prompt, want) in [
+            (json!([1, 2, 3]), vec![Input::Tokens(vec![1, 2, 3])]),
+            (json!(vec![7; 40]), vec![Input::Tokens(vec![7; 40])]),
+            (json!([[1, 2], [3]]), vec![Input::Tokens(vec![1, 2]), Input::Tokens(vec![3])]),
+            (json!(["a", [3]]), vec![Input::Text("a".into()), Input::Tokens(vec![3])]),
+        ] {
+            let asked = completion(json!({ "prompt": prompt.clone() })).unwrap();
+            let prompts: Vec<Input> = asked.jobs.into_iter().map(|job| job.generation.prompt.unwrap()).collect();
+            assert_eq!(prompts, want, "{prompt}");
+        }
     }
 
     #[test]

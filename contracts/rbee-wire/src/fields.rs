@@ -60,6 +60,8 @@ pub enum Kind {
     Words(&'static [&'static str]),
     /// A list of numbers.
     Tokens,
+    /// A text or a list of token ids, which has one at least.
+    Prompt,
     /// A list of texts or lists of token ids, none empty.
     Inputs,
     /// A JSON object, checked where it is used.
@@ -180,6 +182,14 @@ fn problem(value: &Value, kind: Kind) -> Option<String> {
             (!good).then(|| format!("must be a list of one or more of {}", words.join(", ")))
         }
         Kind::Tokens => (!are_tokens(value)).then(|| "must be a list of token ids".into()),
+        Kind::Prompt => {
+            let good = match value {
+                Value::String(text) => text.len() <= MAX_TEXT,
+                Value::Array(ids) => !ids.is_empty() && are_tokens(value),
+                _ => false,
+            };
+            (!good).then(|| format!("must be a text of at most {MAX_TEXT} bytes, or a list of token ids, not empty"))
+        }
         Kind::Inputs => {
             let fits = |item: &Value| match item {
                 Value::String(text) => !text.is_empty() && text.len() <= MAX_TEXT,

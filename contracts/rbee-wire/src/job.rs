@@ -202,6 +202,9 @@ pub struct ModelPlan {
     /// Where.
     #[serde(default)]
     pub device: DeviceSpec,
+    /// Fetch the model before, if it is not there.
+    #[serde(default)]
+    pub fetch: bool,
     /// How it would be loaded.
     #[serde(flatten)]
     pub load: LoadOptions,
@@ -291,14 +294,20 @@ pub struct CalledFunction {
     pub arguments: String,
 }
 
-/// A text whose embedding is wanted.
+/// A text for the model.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 #[serde(untagged)]
-pub enum EmbedInput {
+pub enum Input {
     /// As letters.
     Text(String),
-    /// As ids of the model's own vocabulary.
+    /// As ids of the model's own vocabulary, which are taken as they stand.
     Tokens(Vec<u32>),
+}
+
+impl From<String> for Input {
+    fn from(text: String) -> Self {
+        Self::Text(text)
+    }
 }
 
 /// What shapes the generated text; the same for every surface and for the worker.
@@ -306,13 +315,13 @@ pub enum EmbedInput {
 pub struct Generation {
     /// The text to go on from.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub prompt: Option<String>,
+    pub prompt: Option<Input>,
     /// The chat to answer.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub messages: Option<Vec<Message>>,
     /// What to embed, instead of generating.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub embed: Vec<EmbedInput>,
+    pub embed: Vec<Input>,
     /// Most tokens to generate; what the context leaves unless given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub max_tokens: Option<u64>,
@@ -386,6 +395,14 @@ impl Generation {
     pub fn may_call(&self) -> bool {
         let none = self.tool_choice.as_ref().is_some_and(|choice| choice == "none");
         !none && self.tools.as_ref().is_some_and(|tools| !tools.is_empty())
+    }
+
+    /// The prompt, where it is given as letters.
+    pub fn prompt_text(&self) -> Option<&str> {
+        match &self.prompt {
+            Some(Input::Text(text)) => Some(text),
+            Some(Input::Tokens(_)) | None => None,
+        }
     }
 }
 
@@ -600,6 +617,9 @@ pub fn check_infer(map: &Map<String, Value>, found: &mut Vec<Violation>) {
     if given("messages") && map.get("raw") == Some(&Value::Bool(true)) {
         found.push(violation("raw", "cannot be true with `messages`, which need the chat template"));
     }
+    if map.get("prompt").is_some_and(Value::is_array) && map.get("raw") == Some(&Value::Bool(false)) {
+        found.push(violation("raw", "cannot be false with token ids, which are taken as they stand"));
+    }
     if given("top_logprobs") && map.get("logprobs") != Some(&Value::Bool(true)) {
         found.push(violation("top_logprobs", "needs `logprobs` to be true"));
     }
@@ -706,6 +726,7 @@ mod tests {
                     Kind::Hex(_) => &["1", "\"ab\"", "\"zz\""],
                     Kind::Words(_) => &["[]", "\"admin\"", "[\"king\"]"],
                     Kind::Tokens => &["[-1]", "1"],
+                    Kind::Prompt => &["1", "[]", "[\"a\"]", "[-1]", "[1.5]", "[4294967296]", "[[1]]", "{}"],
                     Kind::Inputs => &["[]", "\"a\"", "[1]", "[\"\"]", "[[]]", "[[-1]]", "[\"a\",1]"],
                     Kind::Object => &["1", "[]"],
                     Kind::Tools => &[
@@ -737,6 +758,7 @@ mod tests {
             r#"{"operation":"status"}"#,
             r#"{"operation":"infer","model":"org/name","prompt":"x","stop":"a","logit_bias":{"5":-1.5},"max_tokens":20,"seed":18446744073709551615}"#,
             r#"{"operation":"infer","messages":[{"role":"user","content":"hi"}],"temperature":null}"#,
+            r#"{"operation":"infer","prompt":[1,4294967295],"raw":true}"#,
             r#"{"operation":"infer","embed":["a",[1,2]],"model":"org/name"}"#,
             r#"{"operation":"infer","messages":[{"role":"assistant","content":"","reasoning_content":"r","tool_calls":[{"id":"a","type":"function","function":{"name":"f","arguments":"{}"}}]},{"role":"tool","content":"1","tool_call_id":"a","name":"f"}],"tools":[{"type":"function","function":{"name":"f","description":"d","parameters":{"type":"object"}}}],"tool_choice":"auto","parallel_tool_calls":false}"#,
             r#"{"operation":"worker_spawn","model":"tinybee","worker":"cuda","device":0}"#,
@@ -748,6 +770,12 @@ mod tests {
             let text = serde_json::to_string(&job).unwrap();
             assert_eq!(JobRequest::parse(text.as_bytes()).unwrap(), job, "{text}");
         }
+    }
+
+    #[test]
+    fn token_ids_have_no_chat_template() {
+        assert_eq!(fields_refused(r#"{"operation":"infer","prompt":[1],"raw":false}"#), ["raw"]);
+        assert!(JobRequest::parse(br#"{"operation":"infer","prompt":"a","raw":false}"#).is_ok());
     }
 
     #[test]

@@ -6,7 +6,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::fields::{Field, Kind, MAX_TEXT, Need};
+use crate::fields::{Field, Kind, Need};
 use crate::key::{Access, Scope};
 use crate::model::MAX_MODEL_REF;
 
@@ -88,6 +88,7 @@ const PLAN_FIELDS: &[Field] = &[
     HIVE,
     required("model", Kind::Model, "the model"),
     optional("device", Kind::Device, "the device; all unless given"),
+    optional("fetch", Kind::Bool, "fetch the model before, if it is not there; false unless given"),
     CTX,
     SLOTS,
     KV_TYPE,
@@ -140,7 +141,11 @@ pub const SPAWN_FIELDS: &[Field] = &[
 /// The fields of `infer`.
 pub const INFER_FIELDS: &[Field] = &[
     optional("model", Kind::Model, "the model; the default one unless given"),
-    optional("prompt", Kind::Text(MAX_TEXT), "the text to go on from; this or `messages`"),
+    optional(
+        "prompt",
+        Kind::Prompt,
+        "the text to go on from, or its token ids, to which nothing is added; this or `messages`",
+    ),
     optional("messages", Kind::Messages, "the chat to answer; this or `prompt`"),
     optional(
         "embed",

@@ -2,13 +2,17 @@
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 
-use crate::error::ErrorBody;
+use crate::body::parse_object;
+use crate::error::{ErrorBody, ErrorCode};
+use crate::fields;
 use crate::ids::{DeviceId, HiveId, Incarnation, JobId, RequestId, TraceParent, WorkerId};
-use crate::job::Generation;
+use crate::job::{Generation, check_infer, invalid};
 use crate::keep_alive::KeepAlive;
 use crate::key::Tenant;
 use crate::model::ModelRef;
+use crate::op::INFER_FIELDS;
 
 /// A worker's life as others see it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, JsonSchema)]
@@ -168,6 +172,31 @@ pub struct InferenceRequest {
     pub channel: Option<ChannelSeat>,
 }
 
+impl InferenceRequest {
+    /// Reads a posted body and validates what to generate as the job was validated, so that no number which a queen would refuse
+    /// reaches an engine. Fields that are not known here are a newer queen's.
+    ///
+    /// # Errors
+    /// `INVALID_REQUEST`, with every violation of `generation`.
+    pub fn parse(bytes: &[u8]) -> Result<Self, ErrorBody> {
+        let wrong = |problem| {
+            ErrorBody::new(ErrorCode::InvalidRequest, format!("the body is not an inference request: {problem}"))
+        };
+        let mut body = parse_object(bytes).map_err(wrong)?;
+        // A list in place of an object would be taken for its fields in order.
+        let Some(Value::Object(generation)) = body.get_mut("generation") else {
+            return Err(wrong("`generation` must be an object".into()));
+        };
+        generation.retain(|name, _| INFER_FIELDS.iter().any(|field| field.name == name));
+        let mut found = fields::check(generation, INFER_FIELDS);
+        check_infer(generation, &mut found);
+        if !found.is_empty() {
+            return Err(invalid(found));
+        }
+        serde_json::from_value(Value::Object(body)).map_err(|error| wrong(error.to_string()))
+    }
+}
+
 /// A stream of a channel.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct ChannelSeat {
@@ -319,4 +348,31 @@ pub enum ControlUp {
         /// Why.
         error: ErrorBody,
     },
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_engine_sees_what_a_queen_would_refuse_and_what_a_newer_queen_adds_is_ignored() {
+        let parse = |generation: &str| {
+            let body = format!(r#"{{"job_id":"j","request_id":"r","newer":1,"generation":{generation}}}"#);
+            InferenceRequest::parse(body.as_bytes())
+        };
+        let good = parse(r#"{"prompt":"a","n":2,"min_p":0.1,"stop":["x"],"newer":{"a":1}}"#).unwrap();
+        assert_eq!((good.generation.n, good.generation.min_p), (Some(2), Some(0.1)));
+        for (generation, field) in [
+            (r#"{"prompt":"a","n":2147483648}"#, "n"),
+            (r#"{"prompt":"a","n":18446744073709551616}"#, "n"),
+            (r#"{"prompt":"a","min_tokens":5}"#, "min_tokens"),
+            (r#"{"prompt":"a","logit_bias":{"1":101}}"#, "logit_bias"),
+            (r#"{"n":1}"#, "prompt"),
+        ] {
+            let details = parse(generation).unwrap_err().details.unwrap();
+            assert_eq!(details["violations"][0]["field"], field, "{generation}: {details}");
+        }
+        assert!(parse(r#"{"prompt":"a","prompt":"b"}"#).unwrap_err().message.contains("twice"));
+        assert!(parse("[]").is_err());
+    }
 }

@@ -125,6 +125,15 @@ pub enum Error {
         /// Why.
         problem: String,
     },
+    /// The hub was not reached at all.
+    #[error("the hub at {endpoint} cannot be reached")]
+    Unreachable {
+        /// Its origin.
+        endpoint: String,
+        /// Why not.
+        #[source]
+        source: reqwest::Error,
+    },
     /// No answer, or a broken one, as often as it is tried.
     #[error("cannot fetch {what} of {endpoint} ({tries} tries)")]
     Request {
@@ -245,6 +254,7 @@ impl Error {
             | Self::NoModelHere { .. }
             | Self::NoSuchFile { .. }
             | Self::Offline { .. }
+            | Self::Unreachable { .. }
             | Self::Gated { .. }
             | Self::NoRepository { .. }
             | Self::BadToken { .. }
@@ -288,6 +298,9 @@ impl Error {
             }
             Self::NoSuchFile { .. } => "rbee loads safetensors with a config.json, and GGUF files".into(),
             Self::Offline { .. } => "unset HF_HUB_OFFLINE to fetch it, or copy it in with `rbee model import`".into(),
+            Self::Unreachable { .. } => {
+                "check the network and HF_ENDPOINT; what is in the store needs no hub: `rbee model list`".into()
+            }
             Self::RefusedTarget { .. } => "a mirror in your own network has to be listed as a trusted origin".into(),
             Self::Request { .. } | Self::Status { .. } | Self::Short { .. } | Self::Stalled { .. } => {
                 "run it again: what is there already is kept and not fetched twice".into()

@@ -20,6 +20,9 @@ const MAX_HOPS: usize = 5;
 /// How often a request is tried that brings nothing.
 pub(crate) const TRIES: u32 = 5;
 
+/// Tries to reach a host at all.
+const AWAY_TRIES: u32 = 2;
+
 /// Longest wait that a server may ask for.
 const MAX_RETRY_AFTER: Duration = Duration::from_secs(60);
 
@@ -177,7 +180,9 @@ impl Fetcher {
                 Err(trouble) => trouble,
             };
             tries += 1;
-            if tries == TRIES || !trouble.may_pass() {
+            // A hub that is not there is not waited for as long as one that stumbles.
+            let away = matches!(&trouble, Trouble::Broken(error) if error.is_connect());
+            if tries == TRIES || away && tries == AWAY_TRIES || !trouble.may_pass() {
                 return Err(match trouble {
                     Trouble::Status { status, .. } if trouble.may_pass() => Trouble::Final(Error::Status {
                         what: what.to_owned(),

@@ -49,7 +49,12 @@ pub(crate) async fn commit(fetcher: &Fetcher, repo: &str, revision: &str) -> Res
     const WHAT: &str = "the revision";
     let url = address(fetcher, &["api", "models"], repo, &["revision", revision])?;
     let asked = fetcher.json::<Info>(&url, WHAT, MAX_INFO).await;
-    let (info, _) = asked.map_err(|trouble| refusal(fetcher, repo, Some(revision), WHAT, trouble))?;
+    let refused = |trouble| match refusal(fetcher, repo, Some(revision), WHAT, trouble) {
+        // Nothing was ever reached: there is no download that could go on later.
+        Error::Request { endpoint, source, .. } if source.is_connect() => Error::Unreachable { endpoint, source },
+        other => other,
+    };
+    let (info, _) = asked.map_err(refused)?;
     Commit::parse(&info.sha).ok_or_else(|| fetcher.bad(WHAT, &format!("`{}` is no commit", shown(&info.sha))))
 }
 

@@ -216,7 +216,7 @@ impl Request {
         let context = limits.context;
         let prompt = self.prompt.len();
         let in_vocab = |field, ids: &[TokenId]| match ids.iter().find(|id| **id as usize >= limits.vocab) {
-            Some(id) => Err(EngineError::invalid(field, format!("token {id} is outside the vocabulary"))),
+            Some(id) => Err(EngineError::invalid(field, format!("has token {id}, which is outside the vocabulary"))),
             None => Ok(()),
         };
         if prompt == 0 {

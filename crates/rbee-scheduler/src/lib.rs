@@ -7,7 +7,7 @@
 //! Invariants
 //! - Every submitted job ends in exactly one of `Reject`, `Abort`, `Loaded`, `Ended` or `Cancel`.
 //! - A worker never has more dispatches than slots.
-//! - No more jobs wait than the limit says.
+//! - No more jobs wait than the limit says, and of one key no more than half of that, so that others find a place.
 //! - While two owners' jobs wait for the same slots, the next goes to the one who has fewer running.
 
 pub mod place;
@@ -30,7 +30,7 @@ pub use scheduler::Scheduler;
 /// How the scheduler decides.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Jobs that may wait, for a worker or for a load.
+    /// Jobs that may wait, for a worker or for a load; half as many, rounded up, of any one key.
     pub queue_limit: usize,
     /// Longest wait for a busy worker.
     pub queue_timeout: Duration,

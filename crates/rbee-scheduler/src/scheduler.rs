@@ -370,14 +370,25 @@ impl Scheduler {
         let job = Job { want, model, since: now, running: None, avoid: Vec::new(), broken: 0, told: Told::Nothing };
         // Only a job that cannot start at once needs a place in the line.
         let waits = !matches!(self.place(&job, now), Place::Dispatch { .. } | Place::Loaded(_) | Place::Reject(_));
-        if waits && self.waiting.len() >= self.config.queue_limit {
-            let message = format!("{} jobs wait already, and no more may", self.waiting.len());
+        if waits && let Some(message) = self.line_is_full(&job.want) {
             let error = ErrorBody::new(ErrorCode::QueueFull, message).with_retry_after(self.retry_after());
             out.push(Effect::Reject { job: id, error });
             return;
         }
         self.jobs.insert(id.clone(), job);
         self.waiting.push_back(id);
+    }
+
+    /// Why one more may not wait, if so: the line is full, or a key has its share of it, which leaves room for others.
+    fn line_is_full(&self, want: &Want) -> Option<String> {
+        let (limit, waiting) = (self.config.queue_limit, self.waiting.len());
+        if waiting >= limit {
+            return Some(format!("{waiting} jobs wait already, and no more may"));
+        }
+        let share = limit.div_ceil(2);
+        let own = |id: &&JobId| self.jobs.get(*id).is_some_and(|job| job.want.owner == want.owner);
+        let full = want.owner.is_some() && self.waiting.iter().filter(own).count() >= share;
+        full.then(|| format!("{share} jobs of this key wait already, which is one key's share of a line of {limit}"))
     }
 
     /// The model of a job, and what its owner should know of the choice.

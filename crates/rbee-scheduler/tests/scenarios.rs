@@ -406,6 +406,36 @@ fn who_posts_much_waits_behind_who_posts_little() {
 }
 
 #[test]
+fn a_key_fills_half_of_the_line_and_others_find_the_rest_free() {
+    check_with(
+        config(3),
+        "t=0.0 beat w1 ready tinybee 1/1
+         t=0.0 beat w2 ready other 0/1
+         t=0.1 submit a1 tinybee owner=a -> queued a1 0
+         t=0.1 submit a2 tinybee owner=a -> queued a2 1
+         t=0.1 submit a3 tinybee owner=a -> reject a3 QUEUE_FULL
+         t=0.2 submit a4 other owner=a -> dispatch a4 w2
+         t=0.2 submit b1 tinybee owner=b -> queued b1 0, queued a1 1, queued a2 2
+         t=0.2 submit b2 tinybee owner=b -> reject b2 QUEUE_FULL
+         t=0.3 cancel a1 -> queued a2 1
+         t=0.3 submit a5 tinybee owner=a -> queued a5 2
+         t=0.4 cancel a2 -> queued a5 1
+         t=0.4 cancel a5
+         t=0.4 cancel b1
+         t=0.5 submit n1 tinybee -> queued n1 0
+         t=0.5 submit n2 tinybee -> queued n2 1
+         t=0.5 submit n3 tinybee -> queued n3 2
+         t=0.5 submit n4 tinybee -> reject n4 QUEUE_FULL",
+    );
+    check_with(
+        config(1),
+        "t=0.0 beat w1 ready tinybee 1/1
+         t=0.1 submit a1 tinybee owner=a -> queued a1 0
+         t=0.1 submit a2 tinybee owner=a -> reject a2 QUEUE_FULL",
+    );
+}
+
+#[test]
 fn the_line_is_bounded_and_nobody_waits_for_ever() {
     check_with(
         config(1),

@@ -9,8 +9,12 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use bytes::{Bytes, BytesMut};
 use http_body_util::BodyExt;
+use rbee_wire::body::parse_object;
 use rbee_wire::error::ErrorReply;
+use rbee_wire::fields;
+use rbee_wire::job::invalid;
 use rbee_wire::{ErrorBody, ErrorCode, RequestId, TraceParent};
+use serde_json::Map;
 use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
@@ -89,6 +93,25 @@ impl<S: Sync> FromRequest<S> for JsonBytes {
             response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             response
         })
+    }
+}
+
+/// The body of a route that asks for nothing: none, or an empty object. Whoever says more wanted something else.
+#[derive(Debug)]
+pub struct NoBody;
+
+impl<S: Sync> FromRequest<S> for NoBody {
+    type Rejection = Response;
+
+    async fn from_request(request: Request, state: &S) -> Result<Self, Response> {
+        let JsonBytes(bytes) = JsonBytes::from_request(request, state).await?;
+        let fields = if bytes.is_empty() { Ok(Map::new()) } else { parse_object(&bytes) };
+        let error = match fields {
+            Ok(fields) if fields.is_empty() => return Ok(Self),
+            Ok(fields) => invalid(fields::check(&fields, &[])),
+            Err(problem) => ErrorBody::new(ErrorCode::InvalidRequest, problem),
+        };
+        Err(ApiError(error).into_response())
     }
 }
 

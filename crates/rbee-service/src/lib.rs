@@ -16,7 +16,7 @@ mod shutdown;
 mod stall;
 
 pub use clock::{Clock, random_hex};
-pub use error::{ApiError, JsonBytes, MAX_BODY, current_request_id, current_trace};
+pub use error::{ApiError, JsonBytes, MAX_BODY, NoBody, current_request_id, current_trace};
 pub use exposition::Exposition;
 pub use guard::{Caller, Guard, Keyring, protect};
 pub use joblog::{BrokeOff, JobLog, Listener};

@@ -179,6 +179,8 @@ impl Cluster {
             ("RBEE_HIVE_BIND", self.hive.to_string()),
             ("RBEE_QUEEN_URL", format!("http://{}", self.queen)),
             ("RBEE_LOG", "debug".to_owned()),
+            // No test leaves this machine: a hub that is not there, unless a test has one.
+            ("HF_ENDPOINT", "http://127.0.0.1:1".to_owned()),
         ]
         .map(|(name, value)| (name.to_owned(), value))
         .into();

@@ -258,7 +258,7 @@ fn straight_talks(workers: &[HandWorker], enough: &Arc<AtomicBool>) -> Vec<Talk>
                 job_id: JobId::of(&life, &format!("{:032x}", number * STRAIGHT + i)),
                 request_id: RequestId::new(format!("bench-{number}-{i}")).expect("short words make an id"),
                 generation: Generation {
-                    prompt: Some(prompt.clone()),
+                    prompt: Some(prompt.clone().into()),
                     max_tokens: Some(tokens),
                     temperature: Some(0.0),
                     seed: Some(0),

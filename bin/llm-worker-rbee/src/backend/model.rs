@@ -349,12 +349,12 @@ impl ModelText {
 impl TextSide for ModelText {
     fn encode(&self, generation: &Generation) -> Result<Encoded, ErrorBody> {
         let refused = |error: TextError| refused(&error);
-        let messages: Vec<Value> = match (&generation.messages, &generation.prompt, generation.raw) {
+        let messages: Vec<Value> = match (&generation.messages, generation.prompt_text(), generation.raw) {
             (Some(messages), _, _) => messages.iter().map(for_template).collect(),
             (None, Some(prompt), Some(false)) => vec![message("user", prompt)],
             (None, prompt, _) => {
                 // Who writes a raw prompt writes the template's own markers.
-                let text = prompt.as_deref().unwrap_or_default();
+                let text = prompt.unwrap_or_default();
                 let prompt = self.tokenizer.encode_prompt(text, Specials::AsControl).map_err(refused)?;
                 return Ok(Encoded { prompt, note: None, answer: Answer::GoesOn });
             }

@@ -84,8 +84,8 @@ impl TextSide for SimSide {
         if generation.may_call() {
             return Err(super::no_tools());
         }
-        let text = match (&generation.prompt, &generation.messages) {
-            (Some(prompt), _) => prompt.as_str(),
+        let text = match (generation.prompt_text(), &generation.messages) {
+            (Some(prompt), _) => prompt,
             (None, Some(messages)) => messages.last().map_or("", |message| message.content.as_str()),
             (None, None) => "",
         };

@@ -70,7 +70,7 @@ fn request(model: Option<ModelRef>, prompt: String, args: GenerateArgs) -> JobRe
     let system = answer.system.take();
     let mut infer = settings(model, answer);
     if raw {
-        infer.generation.prompt = Some(prompt);
+        infer.generation.prompt = Some(prompt.into());
         infer.generation.raw = Some(true);
     } else {
         let system = system.map(|text| Message::new("system", text));

@@ -22,9 +22,9 @@ pub(crate) async fn model(context: &Context, verb: ModelVerb) -> Result<Outcome,
             let job = JobRequest::ModelDownload(OfModel { hive_id: args.on.hive, model });
             one(context, Start::IfNeeded, job, render::fetched).await
         }
-        ModelVerb::List(on) => list(context, Start::IfNeeded, JobRequest::ModelList(at(on)), render::stored).await,
+        ModelVerb::List(on) => list(context, Start::Never, JobRequest::ModelList(at(on)), render::stored).await,
         ModelVerb::Get(args) => {
-            one(context, Start::IfNeeded, JobRequest::ModelGet(stored(context, args)?), render::stored_one).await
+            one(context, Start::Never, JobRequest::ModelGet(stored(context, args)?), render::stored_one).await
         }
         ModelVerb::Delete(args) => delete(context, args).await,
         ModelVerb::Load(args) => load(context, args).await,
@@ -42,6 +42,7 @@ pub(crate) async fn plan(context: &Context, args: PlanArgs) -> Result<Outcome, F
         hive_id: args.on.hive,
         model: named(context, &args.model)?,
         device: args.device,
+        fetch: false,
         load: LoadOptions {
             ctx: args.ctx,
             slots: args.slots,
@@ -50,7 +51,7 @@ pub(crate) async fn plan(context: &Context, args: PlanArgs) -> Result<Outcome, F
             quantize: args.quantize,
         },
     });
-    one(context, Start::IfNeeded, checked(&job)?, render::plan).await
+    one(context, Start::Never, checked(&job)?, render::plan).await
 }
 
 fn named(context: &Context, text: &str) -> Result<ModelRef, Failure> {
@@ -88,7 +89,7 @@ async fn delete(context: &Context, args: RemoveArgs) -> Result<Outcome, Failure>
             return Err(Failure::new(Exit::Failed, "nothing was removed"));
         }
     }
-    one(context, Start::IfNeeded, JobRequest::ModelDelete(of), render::removed).await
+    one(context, Start::Never, JobRequest::ModelDelete(of), render::removed).await
 }
 
 async fn import(context: &Context, args: ImportArgs) -> Result<Outcome, Failure> {
