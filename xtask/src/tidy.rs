@@ -72,8 +72,14 @@ const RESERVED: &[(&str, &[&str])] = &[
 const PURE: &[&str] = &["rbee-wire", "rbee-openai", "rbee-weights", "rbee-tokenizer", "rbee-engine", "rbee-scheduler"];
 
 /// Where child processes may be started.
-const SPAWNS: &[&str] =
-    &["crates/rbee-supervisor/", "crates/rbee-testkit/", "tests/", "xtask/", "crates/rbee-cuda/build.rs"];
+const SPAWNS: &[&str] = &[
+    "crates/rbee-supervisor/",
+    "crates/rbee-testkit/",
+    "tests/",
+    "xtask/",
+    "crates/rbee-cuda/build.rs",
+    "crates/rbee-catalog/examples/",
+];
 
 /// Longest Rust file, in lines.
 const MAX_LINES: usize = 900;

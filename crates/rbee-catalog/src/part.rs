@@ -462,6 +462,21 @@ mod tests {
     }
 
     #[test]
+    fn a_writer_that_is_killed_loses_less_than_a_note_is_worth() {
+        let folder = tempfile::tempdir().unwrap();
+        let digest = Digest::parse(SHA).unwrap();
+        let open = || Part::open(folder.path(), &digest, 8 << 20, Arc::default()).unwrap();
+        let mut part = open();
+        for chunk in 0..10 {
+            part.write(chunk * (100 << 10), &[7; 100 << 10]).unwrap();
+        }
+        // Gone without a last word, and with no sync yet: those come every MiB.
+        drop(part);
+        let have = open().have().total();
+        assert!((744 << 10..1000 << 10).contains(&have), "{have}");
+    }
+
+    #[test]
     fn a_journal_is_believed_line_by_whole_line() {
         let total = |text: &str| parse_journal(text, 100, Some("b1")).map(|have| have.total());
         assert_eq!(total("rbee-journal 1 100\n0 10\n20 30\n"), Some(20));

@@ -86,7 +86,7 @@ impl Meter {
         self.before.fetch_add(bytes, Ordering::Relaxed);
     }
 
-    /// How far it is at `at`, which never goes back.
+    /// How far it is at `at`, which never goes back from one call to the next.
     pub(crate) fn read(&self, at: Instant) -> Progress {
         let mut now = self.now();
         let total = self.total.load(Ordering::Relaxed);

@@ -137,5 +137,6 @@ fn publish(repo: &Repo, commit: &Commit, revision: &str, key: &str, files: Vec<R
     files.sort_by(|a, b| a.path.cmp(&b.path));
     repo.write_manifest(commit, key, &Manifest { files })?;
     disk::sync_folder(&repo.snapshots())?;
-    if commit.as_str().starts_with(&revision.to_ascii_lowercase()) { Ok(()) } else { repo.write_ref(revision, commit) }
+    // A commit, or its beginning, is a name by itself.
+    if repo.commit_of(revision)?.as_ref() == Some(commit) { Ok(()) } else { repo.write_ref(revision, commit) }
 }

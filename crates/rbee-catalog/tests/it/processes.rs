@@ -221,6 +221,37 @@ fn a_full_disk_is_said_with_what_is_needed_and_what_is_free() {
 }
 
 #[test]
+fn a_disk_that_fails_to_sync_has_no_model_and_keeps_no_part() {
+    let place = Place::new();
+    place.hub.put("org/name", "main", HubRepo::new().model(3, 8 * MIB));
+    let spoilt = |calls: &str| {
+        let plain = command(&place);
+        let mut strace = Command::new("strace");
+        strace.args(["-f", "-qq", "-o", "/dev/null", "-e"]).arg(format!("trace={calls}"));
+        strace.arg("-e").arg(format!("inject={calls}:error=EIO"));
+        strace.arg(plain.get_program()).args(plain.get_args()).stdin(Stdio::null()).stderr(Stdio::null());
+        strace.envs(plain.get_envs().filter_map(|(name, value)| Some((name, value?))));
+        strace.output().ok().map(|output| String::from_utf8_lossy(&output.stdout).into_owned())
+    };
+    if spoilt("fsync").is_none_or(|said| !said.contains("cannot sync")) {
+        use std::io::Write;
+        let _ = writeln!(std::io::stderr(), "skipped: strace cannot be used here to let syncs fail");
+        return;
+    }
+    let parts = || all_below(&place.repo_folder()).into_iter().filter(|path| path.contains("rbee-")).count();
+    assert!(!right_or_absent(&place, 3, 8 * MIB));
+    assert_eq!(parts(), 0);
+    // The syncs while bytes still come are others than the last one.
+    place.hub.limit(32 << 20);
+    let said = spoilt("fdatasync").unwrap();
+    assert!(said.contains("cannot sync") && said.contains("Input/output error"), "{said}");
+    assert!(!right_or_absent(&place, 3, 8 * MIB));
+    assert_eq!(parts(), 0);
+    assert!(has_fetched(child(&place)));
+    assert!(right_or_absent(&place, 3, 8 * MIB));
+}
+
+#[test]
 fn a_folder_that_may_not_be_written_is_named() {
     let place = Place::new();
     place.hub.put("org/name", "main", HubRepo::new().model(3, 1000));
