@@ -234,7 +234,7 @@ fn file_rules(path: &str, text: &str) -> Vec<String> {
     if spawns
         && !tests
         && !SPAWNS.iter().any(|start| path.starts_with(start))
-        && !path.starts_with("bin/rbee-hive/src/spawn.rs")
+        && !path.starts_with("bin/rbee-hive/src/rooms.rs")
     {
         wrong("starts a process; only rbee-supervisor does".into());
     }

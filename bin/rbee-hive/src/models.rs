@@ -19,6 +19,9 @@ const LOOK: Duration = Duration::from_secs(30);
 /// Models of the store that a heartbeat names at most.
 const MAX_NAMED: usize = 1024;
 
+/// A model that is being fetched, for one of its askers.
+type Transfer = (ModelRef, watch::Receiver<Progress>);
+
 /// The models of this machine; cheap to clone.
 #[derive(Clone)]
 pub struct Models {
@@ -26,7 +29,7 @@ pub struct Models {
     hive_id: HiveId,
     supervisor: Supervisor,
     known: Arc<Mutex<Vec<ModelRef>>>,
-    under_way: Arc<Mutex<Vec<(ModelRef, watch::Receiver<Progress>)>>>,
+    under_way: Arc<Mutex<Vec<Transfer>>>,
 }
 
 fn off(error: impl std::fmt::Display) -> ErrorBody {

@@ -315,10 +315,11 @@ impl Scheduler {
             self.loads.iter().filter(|(_, load)| load.can_be_left()).map(|(key, _)| key.clone()).collect();
         for key in left {
             let wanted = self.waiting.iter().any(|id| self.jobs.get(id).is_some_and(|job| job.load_key() == key));
-            if !wanted && let Some(load) = self.loads.remove(&key) {
-                if matches!(load.phase, Phase::Planning) {
-                    out.push(Effect::Abandon { load: key });
-                }
+            if !wanted
+                && let Some(load) = self.loads.remove(&key)
+                && matches!(load.phase, Phase::Planning)
+            {
+                out.push(Effect::Abandon { load: key });
             }
         }
         let mut waiting: Vec<(Duration, LoadKey)> = self

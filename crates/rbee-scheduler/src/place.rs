@@ -159,11 +159,12 @@ pub fn cost(reload: Duration, idle: Duration) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use proptest::prelude::*;
 
     use super::*;
+
+    /// Bytes that a load needs, bytes that are free, and residents as bytes, standing and cost.
+    type Drawn = (Option<u64>, u64, Vec<(u64, Standing, u32)>);
 
     fn sites() -> impl Strategy<Value = Vec<Site>> {
         let standing =
@@ -171,7 +172,7 @@ mod tests {
         let resident = (0u64..40, standing, 0u32..50);
         let site = (prop::option::weighted(0.9, 1u64..100), 0u64..60, prop::collection::vec(resident, 0..9));
         prop::collection::vec(site, 1..5).prop_map(|sites| {
-            let site = |(at, (needs, free, residents)): (usize, (Option<u64>, u64, Vec<(u64, Standing, u32)>))| Site {
+            let site = |(at, (needs, free, residents)): (usize, Drawn)| Site {
                 hive: HiveId::localhost(),
                 device: DeviceId::new(format!("d{at}")).unwrap(),
                 needs,
