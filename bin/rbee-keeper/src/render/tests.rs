@@ -56,11 +56,11 @@ fn workers_are_a_table_that_can_be_cut_by_columns() {
     let load = json!({"stage": "load", "done": 1, "total": 3, "unit": "bytes"});
     let text = workers(&[a_worker("w1", "ready", Value::Null), a_worker("a-longer-name", "starting", load)]);
     assert_snapshot!(text, @r"
-    WORKER         MODEL    HIVE       DEVICE  STATE               SLOTS  QUEUE  MEMORY   DECODE
-    w1             tinybee  localhost  cpu     ready               1/8    2      28.6MiB  812.3tok/s
-    a-longer-name  tinybee  localhost  cpu     starting(load:33%)  1/8    2      28.6MiB  812.3tok/s
+    WORKER         MODEL    HIVE       DEVICE  STATE               SLOTS  QUEUE  MEMORY   DECODE      UNTIL
+    w1             tinybee  localhost  cpu     ready               1/8    2      28.6MiB  812.3tok/s  stays
+    a-longer-name  tinybee  localhost  cpu     starting(load:33%)  1/8    2      28.6MiB  812.3tok/s  stays
     ");
-    assert_snapshot!(workers(&[]), @"WORKER  MODEL  HIVE  DEVICE  STATE  SLOTS  QUEUE  MEMORY  DECODE");
+    assert_snapshot!(workers(&[]), @"WORKER  MODEL  HIVE  DEVICE  STATE  SLOTS  QUEUE  MEMORY  DECODE  UNTIL");
 }
 
 #[test]
@@ -79,6 +79,7 @@ fn one_worker_shows_what_the_table_leaves_out() {
       weights    5.2MiB
       kv         1.0MiB
     decode       812.3tok/s
+    until        stays
     numerics     n1
     url          http://127.0.0.1:40001
     last heard   130ms ago
@@ -199,8 +200,8 @@ fn the_status_shows_all_of_it_and_only_jobs_that_are_not_over() {
     HIVE       STATE  URL                    DEVICES  WORKERS  SILENT  VERSION
     localhost  alive  http://127.0.0.1:7835  cpu      0        900ms   0.1.0
 
-    WORKER  MODEL    HIVE       DEVICE  STATE  SLOTS  QUEUE  MEMORY   DECODE
-    w1      tinybee  localhost  cpu     ready  1/8    2      28.6MiB  812.3tok/s
+    WORKER  MODEL    HIVE       DEVICE  STATE  SLOTS  QUEUE  MEMORY   DECODE      UNTIL
+    w1      tinybee  localhost  cpu     ready  1/8    2      28.6MiB  812.3tok/s  stays
 
     JOB                                            OPERATION  STATE    MODEL    WORKER  AGE  TOKENS
     job-01234567-0123456789abcdef0123456789abcdef  infer      running  tinybee  w1      2s   9
@@ -245,4 +246,24 @@ fn dates_are_those_of_the_calendar() {
 fn units_are_read_at_a_glance() {
     assert_eq!([0, 1023, 1024, 1 << 40, u64::MAX].map(bytes), ["0B", "1023B", "1.0KiB", "1.0TiB", "16777216.0TiB"]);
     assert_eq!([999, 1000, 61_000, 3_660_000, 90_000_000].map(age), ["999ms", "1s", "1m01s", "1h01m", "1d01h"]);
+}
+
+#[test]
+fn a_plan_says_what_fits_and_what_else_would() {
+    let room = |free: u64, would_fit: Value| {
+        json!({ "model": "org/name", "hive_id": "localhost", "rooms": [{
+            "device": "cuda:0", "total": 8u64 << 30, "free": free, "context_fits": 512, "would_fit": would_fit,
+            "needs": { "weights": 2u64 << 30, "kv_per_token": 1024, "kv": 8 << 20, "scratch": 0,
+                       "total": (2u64 << 30) + (8 << 20), "least": (2u64 << 30) + (1 << 20), "context": 1024 },
+            "held": [{ "worker_id": "w1", "model": "tinybee", "bytes": 160 << 20 }],
+        }] })
+    };
+    let fits = plan(&room(3 << 30, json!([])));
+    assert!(fits.contains("  yes\n") && fits.contains("cuda:0: tinybee has 160.0MiB (w1)"), "{fits}");
+    let less = plan(&room((2 << 30) + (2 << 20), json!([])));
+    assert!(less.contains("yes, with less KV"), "{less}");
+    let way = json!([{ "load": { "quantize": "q4_k" }, "needed": 700 << 20, "flags": "--quantize q4_k" }]);
+    let no = plan(&room(1 << 30, way));
+    assert!(no.contains("no: 512 tokens of context would"), "{no}");
+    assert!(no.contains("with --quantize q4_k it needs 700.0MiB, which fits"), "{no}");
 }

@@ -188,7 +188,7 @@ fn a_hub_that_is_not_there_is_named() {
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     options.endpoint = format!("http://127.0.0.1:{port}").parse().unwrap();
     let error = refused(&Store::new(options), "org/name");
-    assert_eq!(error.code(), ErrorCode::DownloadFailed);
+    assert_eq!(error.code(), ErrorCode::ModelNotFound);
     assert!(
         told(&error).contains(&format!("127.0.0.1:{port}")) && told(&error).contains("refused"),
         "{}",
