@@ -109,22 +109,19 @@ fn filled(route: &Route, id: &str) -> String {
     route.path.replace("{id}", id).replace("{*id}", id)
 }
 
-/// A heartbeat of nobody, who says good-bye with it.
+/// A heartbeat of nobody, who says good-bye with it, with the least that one has.
 fn beat() -> Value {
     json!({
         "protocol": 1, "worker_id": "w-gone", "incarnation": { "counter": 1, "random": "aa" }, "seq": 1,
         "hive_id": "elsewhere", "url": "http://127.0.0.1:9", "bearer": "b", "state": "stopped", "model": "tinybee",
         "device": "cpu", "version": "0", "build": "0",
-        "memory": { "weights": 0, "kv": 0, "total": 0 }, "slots": { "total": 1, "used": 0 }, "queue": 0,
-        "kv_blocks": { "total": 1, "used": 0 }, "preemptions": 0, "steps": 0, "working": false, "row_invariant": true,
-        "prefill_rate": 0.0, "decode_rate": 0.0, "context": 16, "keep_alive": -1, "capabilities": [],
     })
 }
 
 fn hive_beat() -> Value {
     json!({
         "protocol": 1, "hive_id": "elsewhere", "incarnation": { "counter": 1, "random": "aa" }, "seq": 1,
-        "url": "http://127.0.0.1:9", "devices": [], "models": [], "downloads": [], "processes": [], "version": "0", "build": "0",
+        "url": "http://127.0.0.1:9", "devices": [], "version": "0", "build": "0",
     })
 }
 

@@ -16,6 +16,7 @@ use rbee_wire::view::{DaemonReady, InfoReply, JobList, JobView};
 use rbee_wire::worker::{HeartbeatReply, WorkerHeartbeat};
 use rbee_wire::{Access, ErrorCode, Event};
 use schemars::generate::{SchemaGenerator, SchemaSettings};
+use schemars::schema_for;
 use serde_json::{Map, Value, json};
 
 use crate::gen_openapi_requests::{self as requests, Make, named, of};
@@ -217,6 +218,13 @@ pub fn document(table: &[Route]) -> Result<Value> {
         if schemas.insert(name.clone(), schema).is_some() {
             bail!("two schemas have the name {name}");
         }
+    }
+    // Heartbeats are only read here: what has a default may be left out.
+    for (name, read) in
+        [("WorkerHeartbeat", schema_for!(WorkerHeartbeat)), ("HiveHeartbeat", schema_for!(HiveHeartbeat))]
+    {
+        let schema = schemas.get_mut(name).with_context(|| format!("no schema is called {name}"))?;
+        schema["required"] = read.get("required").cloned().unwrap_or(json!([]));
     }
     schemas.sort_keys();
     Ok(json!({

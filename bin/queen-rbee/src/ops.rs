@@ -56,6 +56,9 @@ impl Operations {
     pub async fn run(self, job: Arc<Job>) {
         let row = job.request.operation().row();
         let stop = job.next_stop();
+        if job.log.is_over() {
+            return;
+        }
         let outcome = match row.built {
             Built::No => Err(ErrorBody::new(ErrorCode::NotImplemented, format!("`{}` is not built yet", row.name))),
             Built::Yes => tokio::select! {

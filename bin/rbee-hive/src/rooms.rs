@@ -25,6 +25,36 @@ const SHORT_CONTEXT: u32 = 2048;
 /// Longest time to learn what a model needs.
 const INSPECT: Duration = Duration::from_secs(10);
 
+/// What a load may have.
+#[derive(Debug, PartialEq)]
+pub(crate) struct Granted {
+    pub(crate) reserved: u64,
+    /// Bytes of KV, where they are fewer than asked for.
+    pub(crate) kv: Option<u64>,
+}
+
+/// What of `free` bytes a load gets: all it asks for, else less KV and a sixteenth left to others, but never less than it can
+/// be used with.
+fn granted(needs: &LoadNeeds, free: u64) -> Option<Granted> {
+    if needs.total <= free {
+        return Some(Granted { reserved: needs.total, kv: None });
+    }
+    let reserved = needs.least.max(free - free / 16).min(needs.total);
+    let kv = needs.kv.saturating_sub(needs.total - reserved);
+    (needs.least <= free).then_some(Granted { reserved, kv: Some(kv) })
+}
+
+/// Where a load goes.
+pub(crate) struct Choice {
+    pub(crate) device: Device,
+    /// What the load needs there.
+    pub(crate) needs: LoadNeeds,
+    /// Bytes that were free.
+    pub(crate) free: u64,
+    /// What it gets of them.
+    pub(crate) granted: Granted,
+}
+
 /// Bytes that a process has for itself alone; 0 when there is none.
 fn anonymous(pid: u32) -> u64 {
     let text = std::fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
@@ -68,10 +98,8 @@ impl Spawner {
         tell: &(dyn Fn(Event) + Sync),
         stop: &CancellationToken,
     ) -> Result<PlanView, ErrorBody> {
-        let path = match plan.fetch {
-            true => self.locate(&plan.model, tell, stop).await?,
-            false => self.stored(&plan.model).await?,
-        };
+        let path =
+            if plan.fetch { self.locate(&plan.model, tell, stop).await? } else { self.stored(&plan.model).await? };
         let rooms = self.rooms(&plan.model, path.as_deref(), plan.device, &plan.load).await?;
         Ok(PlanView { model: plan.model.clone(), hive_id: self.hive_id.clone(), rooms })
     }
@@ -116,29 +144,22 @@ impl Spawner {
         }
     }
 
-    /// The first device that has room, with what the load needs there and what is free.
-    pub(crate) fn choose(&self, rooms: &[Room], tell: &(dyn Fn(Event) + Sync)) -> Option<(Device, LoadNeeds, u64)> {
+    /// The first device that has room.
+    pub(crate) fn choose(&self, rooms: &[Room], tell: &(dyn Fn(Event) + Sync)) -> Option<Choice> {
         let devices = self.devices.list();
         for room in rooms {
-            match (&room.needs, &room.refused) {
-                (Some(needs), _) if room.fits() => {
-                    let device = devices.iter().find(|device| device.id == room.device)?;
-                    return Some((device.clone(), *needs, room.free));
-                }
-                (Some(needs), _) => tell(Event::note(
-                    NoteLevel::Info,
-                    format!(
-                        "not on {}: it has {} MiB free and the load needs {} MiB",
-                        room.device,
-                        room.free >> 20,
-                        needs.least >> 20
-                    ),
-                )),
-                (None, why) => tell(Event::note(
-                    NoteLevel::Info,
-                    format!("not on {}: {}", room.device, why.as_deref().unwrap_or("it cannot be used")),
-                )),
+            let device = devices.iter().find(|device| device.id == room.device);
+            let granted = room.needs.and_then(|needs| Some((needs, granted(&needs, room.free)?)));
+            if let (Some(device), Some((needs, granted))) = (device, granted) {
+                return Some(Choice { device: device.clone(), needs, free: room.free, granted });
             }
+            let why = match &room.needs {
+                Some(needs) => {
+                    format!("it has {} MiB free and the load needs {} MiB", room.free >> 20, needs.least >> 20)
+                }
+                None => room.refused.clone().unwrap_or_else(|| "it cannot be used".into()),
+            };
+            tell(Event::note(NoteLevel::Info, format!("not on {}: {why}", room.device)));
         }
         None
     }
@@ -313,5 +334,20 @@ mod tests {
         let own = std::hint::black_box(vec![1u8; 32 << 20]);
         assert!(anonymous(std::process::id()) >= own.len() as u64);
         assert_eq!(anonymous(u32::MAX), 0);
+    }
+
+    #[test]
+    fn a_load_gets_all_it_asks_for_or_less_kv_or_nothing() {
+        let needs = LoadNeeds { total: 1000, least: 300, kv: 800, ..LoadNeeds::default() };
+        let gets = |reserved, kv| Some(Granted { reserved, kv });
+        assert_eq!(granted(&needs, 1000), gets(1000, None));
+        assert_eq!(granted(&needs, 999), gets(937, Some(737)));
+        assert_eq!(granted(&needs, 310), gets(300, Some(100)));
+        assert_eq!(granted(&needs, 299), None);
+        // Weights and working memory are the same 200 bytes each time.
+        for free in 300..1100 {
+            let got = granted(&needs, free).unwrap();
+            assert!(got.reserved <= free && got.reserved == 200 + got.kv.unwrap_or(800), "{free}: {got:?}");
+        }
     }
 }

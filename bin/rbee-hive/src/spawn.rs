@@ -9,14 +9,14 @@ use rbee_supervisor::{SpawnSpec, Supervisor};
 use rbee_wire::event::{Event, NoteLevel};
 use rbee_wire::hive::{Device, DeviceKind, Process, ProcessState};
 use rbee_wire::job::WorkerSpawn;
-use rbee_wire::view::{LoadNeeds, SpawnOutcome, SpawnView};
+use rbee_wire::view::{SpawnOutcome, SpawnView};
 use rbee_wire::worker::{LoadOptions, WorkerCharge};
 use rbee_wire::{DeviceId, DeviceSpec, ErrorBody, ErrorCode, HiveId, ModelRef, WorkerId};
 
 use crate::devices::Devices;
 use crate::incarnation::Incarnations;
 use crate::models::Models;
-use crate::rooms::too_large;
+use crate::rooms::{Choice, too_large};
 
 /// What the hive starts workers with.
 pub struct Spawner {
@@ -46,25 +46,6 @@ pub struct Spawner {
     pub asked: Mutex<Vec<(WorkerId, WorkerSpawn)>>,
     /// One reservation at a time.
     pub reserving: tokio::sync::Mutex<()>,
-}
-
-/// What a load may have.
-#[derive(Debug, PartialEq)]
-struct Granted {
-    reserved: u64,
-    /// Bytes of KV, where they are fewer than asked for.
-    kv: Option<u64>,
-}
-
-/// What of `free` bytes a load gets: all it asks for, else less KV and a sixteenth left to others, but never less than it can
-/// be used with.
-fn granted(needs: &LoadNeeds, free: u64) -> Option<Granted> {
-    if needs.total <= free {
-        return Some(Granted { reserved: needs.total, kv: None });
-    }
-    let reserved = needs.least.max(free - free / 16).min(needs.total);
-    let kv = needs.kv.saturating_sub(needs.total - reserved);
-    (needs.least <= free).then_some(Granted { reserved, kv: Some(kv) })
 }
 
 fn refuse(code: ErrorCode, message: impl Into<String>) -> ErrorBody {
@@ -123,10 +104,7 @@ impl Spawner {
         }
         while all.len() < wanted {
             let rooms = self.rooms(&spawn.model, path, spawn.device, &spawn.load).await?;
-            let Some((device, needs, free)) = self.choose(&rooms, tell) else {
-                return Err(too_large(&rooms));
-            };
-            let Some(granted) = granted(&needs, free) else {
+            let Some(Choice { device, needs, free, granted }) = self.choose(&rooms, tell) else {
                 return Err(too_large(&rooms));
             };
             let id = &device.id;
@@ -331,26 +309,6 @@ impl Spawner {
             if changes.changed().await.is_err() {
                 return Err(gone());
             }
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_load_gets_all_it_asks_for_or_less_kv_or_nothing() {
-        let needs = LoadNeeds { total: 1000, least: 300, kv: 800, ..LoadNeeds::default() };
-        let gets = |reserved, kv| Some(Granted { reserved, kv });
-        assert_eq!(granted(&needs, 1000), gets(1000, None));
-        assert_eq!(granted(&needs, 999), gets(937, Some(737)));
-        assert_eq!(granted(&needs, 310), gets(300, Some(100)));
-        assert_eq!(granted(&needs, 299), None);
-        // Weights and working memory are the same 200 bytes each time.
-        for free in 300..1100 {
-            let got = granted(&needs, free).unwrap();
-            assert!(got.reserved <= free && got.reserved == 200 + got.kv.unwrap_or(800), "{free}: {got:?}");
         }
     }
 }

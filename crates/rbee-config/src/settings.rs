@@ -169,7 +169,7 @@ impl Value for Option<ModelRef> {
 
 impl Value for Vec<PathBuf> {
     fn read(text: &str) -> Result<Self, String> {
-        let paths: Self = text.split(':').filter(|part| !part.is_empty()).map(PathBuf::from).collect();
+        let paths: Self = text.split([':', '\n']).filter(|part| !part.is_empty()).map(PathBuf::from).collect();
         if paths.iter().all(|path| path.is_absolute()) { Ok(paths) } else { Err("must be absolute paths".into()) }
     }
     fn show(&self) -> String {
@@ -179,7 +179,7 @@ impl Value for Vec<PathBuf> {
 
 impl Value for Vec<String> {
     fn read(text: &str) -> Result<Self, String> {
-        Ok(text.split(',').map(str::trim).filter(|part| !part.is_empty()).map(str::to_owned).collect())
+        Ok(text.split([',', '\n']).map(str::trim).filter(|part| !part.is_empty()).map(str::to_owned).collect())
     }
     fn show(&self) -> String {
         self.join(",")
@@ -294,8 +294,7 @@ impl Settings {
                     let text = match value {
                         toml::Value::String(text) => text,
                         toml::Value::Array(items) => {
-                            let between = if key == "hub_mirrors" { "," } else { ":" };
-                            items.iter().filter_map(toml::Value::as_str).collect::<Vec<_>>().join(between)
+                            items.iter().filter_map(toml::Value::as_str).collect::<Vec<_>>().join("\n")
                         }
                         other => other.to_string(),
                     };

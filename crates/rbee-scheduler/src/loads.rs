@@ -8,7 +8,7 @@
 use std::time::Duration;
 
 use rbee_wire::view::{PlanView, WouldFit};
-use rbee_wire::worker::{LoadProgress, WorkerState};
+use rbee_wire::worker::LoadProgress;
 use rbee_wire::{DeviceId, ErrorBody, ErrorCode, HiveId, JobId, KeepAlive, ModelRef, WorkerId};
 use serde_json::json;
 
@@ -80,10 +80,6 @@ fn suits(worker: &Worker, load: &LoadKey) -> bool {
     worker.serves(&load.model)
         && worker.is_on(load.device)
         && load.hive.as_ref().is_none_or(|hive| &worker.beat.hive_id == hive)
-}
-
-fn serves_now(worker: &Worker) -> bool {
-    matches!(worker.beat.state, WorkerState::Ready | WorkerState::Busy)
 }
 
 impl Scheduler {
@@ -308,9 +304,6 @@ impl Scheduler {
 
     /// Moves the loads that wait for room, and drops those that nobody waits for any more.
     pub(crate) fn pump_loads(&mut self, now: Duration, out: &mut Vec<Effect>) {
-        if self.loads.is_empty() {
-            return;
-        }
         let left: Vec<LoadKey> =
             self.loads.iter().filter(|(_, load)| load.can_be_left()).map(|(key, _)| key.clone()).collect();
         for key in left {
@@ -395,7 +388,7 @@ impl Scheduler {
 
     /// A worker's heartbeat may be what a load was for.
     pub(crate) fn shown(&mut self, worker: &Worker) {
-        if serves_now(worker) {
+        if worker.is_up() {
             self.loads.retain(|key, load| !(matches!(load.phase, Phase::Loaded(_)) && suits(worker, key)));
         }
     }
@@ -421,7 +414,7 @@ impl Scheduler {
         match result {
             Ok(()) => {
                 // A load is over when a worker that it was for beats, not before: else it would be asked for again.
-                if self.registry.workers.iter().any(|worker| serves_now(worker) && suits(worker, key)) {
+                if self.registry.workers.iter().any(|worker| worker.is_up() && suits(worker, key)) {
                     self.loads.remove(key);
                 } else {
                     load.phase = Phase::Loaded(now);

@@ -73,7 +73,7 @@ impl Worker {
 
     /// Whether it serves, and whether anybody uses it, after a heartbeat, a dispatch or the end of one.
     pub(crate) fn look(&mut self, now: Duration) {
-        let serves = matches!(self.beat.state, WorkerState::Ready | WorkerState::Busy);
+        let serves = self.is_up();
         if serves && self.ready_since.is_none() {
             self.ready_since = Some(now);
             // One that served when it was first heard of was loaded before.
@@ -98,18 +98,21 @@ impl Worker {
         UsedOf { total: self.beat.slots.total, used: self.beat.slots.used.max(self.dispatched) }
     }
 
+    /// Whether its model is loaded and it takes jobs.
+    pub fn is_up(&self) -> bool {
+        matches!(self.beat.state, WorkerState::Ready | WorkerState::Busy)
+    }
+
     /// Whether it serves, and every slot is taken.
     pub fn is_full(&self, now: Duration) -> bool {
         let slots = self.slots();
-        matches!(self.beat.state, WorkerState::Ready | WorkerState::Busy)
-            && now.saturating_sub(self.heard) <= FRESH
-            && slots.used >= slots.total
+        self.is_up() && now.saturating_sub(self.heard) <= FRESH && slots.used >= slots.total
     }
 
     /// Whether a job can be sent to it now.
     pub fn able(&self, now: Duration) -> bool {
         let slots = self.slots();
-        matches!(self.beat.state, WorkerState::Ready | WorkerState::Busy)
+        self.is_up()
             && now.saturating_sub(self.heard) <= FRESH
             && !self.refused
             && !self.leaving

@@ -211,7 +211,7 @@ impl Scheduler {
         }
         let Some(worker) = self.registry.worker(&id) else { return };
         let (model, state, load) = (worker.beat.model.clone(), worker.beat.state, worker.beat.load.clone());
-        if matches!(state, WorkerState::Ready | WorkerState::Busy) {
+        if worker.is_up() {
             let worker = worker.clone();
             self.shown(&worker);
         } else if let (WorkerState::Starting, Some(progress)) = (state, load) {
@@ -402,13 +402,8 @@ impl Scheduler {
         if let Some(model) = &self.config.default_model {
             return (model.clone(), None);
         }
-        let mut models: Vec<&ModelRef> = self
-            .registry
-            .workers
-            .iter()
-            .filter(|worker| matches!(worker.beat.state, WorkerState::Ready | WorkerState::Busy))
-            .map(|worker| &worker.beat.model)
-            .collect();
+        let mut models: Vec<&ModelRef> =
+            self.registry.workers.iter().filter(|worker| worker.is_up()).map(|worker| &worker.beat.model).collect();
         models.sort_unstable();
         models.dedup();
         match models[..] {
@@ -517,8 +512,7 @@ impl Scheduler {
         };
         let serving: Vec<&Worker> = self.registry.workers.iter().filter(fits).collect();
         if want.purpose == Purpose::Load {
-            let up = |worker: &&&Worker| matches!(worker.beat.state, WorkerState::Ready | WorkerState::Busy);
-            if let Some(worker) = serving.iter().find(up) {
+            if let Some(worker) = serving.iter().find(|worker| worker.is_up()) {
                 return Place::Loaded(worker.beat.worker_id.clone());
             }
         }

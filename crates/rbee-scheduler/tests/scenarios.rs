@@ -613,6 +613,21 @@ fn a_worker_that_nobody_waits_for_any_more_takes_jobs_again() {
 }
 
 #[test]
+fn a_worker_takes_jobs_again_when_the_load_that_wanted_its_memory_fails() {
+    check(
+        "t=0.0 beat w1 ready one 0/2 keep=300
+         t=5.5 beat w1 ready one 0/2 keep=300
+         t=5.5 submit a one -> dispatch a w1
+         t=5.6 submit b two -> plan /two, loading b
+         t=5.6 planned two cpu=0/10:w1=12
+         t=6.6 tick -> plan /two
+         t=6.6 unplannable two MODEL_CORRUPT -> reject b MODEL_CORRUPT
+         t=6.7 beat w1 busy one 1/2 keep=300
+         t=6.7 submit c one -> dispatch c w1",
+    );
+}
+
+#[test]
 fn what_fits_nowhere_is_refused_whoever_leaves_and_what_is_pinned_stays() {
     check(
         "t=0.0 beat w1 ready one 0/1

@@ -3,7 +3,7 @@
 use crate::config::ModelConfig;
 
 /// What a load needs on its device, in bytes.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Needs {
     /// Weights.
     pub weights: u64,

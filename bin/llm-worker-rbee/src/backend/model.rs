@@ -12,6 +12,7 @@ use rbee_tokenizer::{
     Start, StopMatcher, TextStream, Tokenizer, TokenizerConfig, message,
 };
 use rbee_wire::job::{Generation, Message};
+use rbee_wire::view::LoadNeeds;
 use rbee_wire::worker::{LoadOptions, LoadProgress, WorkerCharge, WorkerMemory};
 use rbee_wire::{ErrorBody, ErrorCode, ModelRef};
 use serde_json::{Value, json};
@@ -146,15 +147,17 @@ impl Computes {
 ///
 /// # Errors
 /// When its files cannot be used.
-pub fn inspect(backend: Backend, model: &ModelRef, load: &LoadOptions) -> Result<Needs, ErrorBody> {
+pub fn inspect(backend: Backend, model: &ModelRef, load: &LoadOptions) -> Result<LoadNeeds, ErrorBody> {
     let computes = match backend {
         #[cfg(feature = "cuda")]
         Backend::Cuda => Computes::OnGpu,
         Backend::Cpu | Backend::Sim => Computes::OnCpu,
     };
     let (files, options) = (files(model, None)?, options(load, None)?);
-    crate::memory::bounded(parse_bound(model, &files)?, || computes.inspect(&files, &options))
-        .map_err(|error| files_error(model, &error))
+    let needs = crate::memory::bounded(parse_bound(model, &files)?, || computes.inspect(&files, &options))
+        .map_err(|error| files_error(model, &error))?;
+    let Needs { weights, kv_per_token, kv, scratch, total, least, context } = needs;
+    Ok(LoadNeeds { weights, kv_per_token, kv, scratch, total, least, context })
 }
 
 /// Cores of this machine that compute well: without a second hardware thread of the same core.
