@@ -1,9 +1,10 @@
-//! `cargo xtask bench`: figures for `docs/PERFORMANCE.md`, measured on real processes.
+//! `cargo xtask bench`: figures for `docs/PERFORMANCE.md`, measured on real processes, or on the real scheduler.
 //!
 //! For relay and start the programs must be built: `cargo build --release --workspace --bins`.
 
 mod api;
 mod engine;
+mod fleet;
 mod machine;
 mod relay;
 mod start;
@@ -13,6 +14,7 @@ use std::process::Command;
 use anyhow::{Result, bail};
 
 const USAGE: &str = "usage: cargo xtask bench relay [--streams N] [--tokens N] [--workers N] [--rounds N] | bench start [--times N] | bench api [--rounds N] | bench download [--rounds N] \
+     | bench fleet [--workers N] [--hives N] [--models N] [--owners N] [--jobs N] [--events N] [--policy NAME] \
      | bench engine [--shape 135m|360m|1.1b] [--quantize FORM] [--kv-type T] [--threads N] [--rounds N]";
 
 /// Runs the bench that the arguments after `bench` name.
@@ -24,6 +26,7 @@ pub fn run(args: &[String]) -> Result<()> {
         Some((name, rest)) if name == "relay" => relay::run(&relay::Plan::parse(rest)?),
         Some((name, rest)) if name == "api" => api::run(numbers(rest, [("--rounds", 3)])?[0]),
         Some((name, rest)) if name == "download" => download(numbers(rest, [("--rounds", 5)])?[0]),
+        Some((name, rest)) if name == "fleet" => fleet::run(&fleet::Plan::parse(rest)?),
         Some((name, rest)) if name == "engine" => engine::run(rest),
         Some((name, rest)) if name == "start" => start::run(numbers(rest, [("--times", 7)])?[0]),
         _ => bail!(USAGE),

@@ -26,7 +26,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   fuzz [SECONDS] [TARGET]
                  run every fuzz target, or one, for 5 seconds unless given
   up [WORKERS]   a fleet of simulated workers in a home of its own, until Ctrl-C
-  bench NAME     measure: relay, start, api, engine
+  bench NAME     measure: relay, start, api, fleet, engine
   cuda toolkit   bring NVIDIA's compiler into target/cuda
   cuda check     compile and lint what runs on GPUs, run its tests
   cuda build     the worker for GPUs, where a hive built here finds it

@@ -54,7 +54,17 @@ const EDGES: &[(&str, &[&str])] = &[
     ("rbee-fuzz", &["rbee-wire", "rbee-openai", "rbee-tokenizer", "rbee-weights"]),
     (
         "xtask",
-        &["rbee-wire", "rbee-openai", "rbee-client", "rbee-config", "rbee-keeper", "rbee-testkit", "rbee-weights"],
+        &[
+            "rbee-wire",
+            "rbee-openai",
+            "rbee-client",
+            "rbee-config",
+            "rbee-keeper",
+            // Its benches and simulations run the real one, which is pure.
+            "rbee-scheduler",
+            "rbee-testkit",
+            "rbee-weights",
+        ],
     ),
 ];
 

@@ -7,6 +7,7 @@
 
 #![expect(clippy::panic, reason = "a test tool fails its test by panicking")]
 
+pub mod beats;
 pub mod bins;
 pub mod canary;
 pub mod cluster;
