@@ -2,20 +2,26 @@
 //!
 //! Pure: time is an argument, and whatever is to be done is an [`Effect`] that the queen's one loop carries out. A test
 //! is a script, a simulation the same code on another clock. Start reading at [`Scheduler::handle`]; [`registry`] has
-//! what heartbeats mean, [`policy`] which worker gets a job, [`place`](place::place) where a load goes and who leaves for it.
+//! what heartbeats mean, [`policy`] which worker gets a job, [`place`](place::place) where a load goes and who leaves for it. What an
+//! event costs does not grow with the jobs that wait: `line.rs` has them in classes of equal wants, `pump.rs` looks at the heads of those
+//! that the event may have helped.
 //!
 //! Invariants
 //! - Every submitted job ends in exactly one of `Reject`, `Abort`, `Loaded`, `Ended` or `Cancel`.
 //! - A worker never has more dispatches than slots.
 //! - No more jobs wait than the limit says, and of one key no more than half of that, so that others find a place.
 //! - While two owners' jobs wait for the same slots, the next goes to the one who has fewer running.
+//! - After every event but for the passing of time, nothing is left that could be done: a look at everybody would find nothing.
 
 pub mod place;
 pub mod policy;
 pub mod registry;
 
+mod line;
 mod loads;
+mod pump;
 mod scheduler;
+mod workers;
 
 use std::time::Duration;
 
@@ -45,7 +51,7 @@ pub struct Config {
 }
 
 /// What a load is for: the model, and where it is wanted.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LoadKey {
     /// The model.
     pub model: ModelRef,
@@ -56,7 +62,7 @@ pub struct LoadKey {
 }
 
 /// What a job is for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub enum Purpose {
     /// It runs on a worker.
     #[default]
@@ -197,7 +203,7 @@ pub enum Effect {
     Queued {
         /// The job.
         job: JobId,
-        /// Jobs before it.
+        /// Jobs before it that want the same.
         position: u64,
     },
     /// The job waits for its model to load.

@@ -9,12 +9,14 @@ use std::time::Duration;
 
 use rbee_wire::view::{PlanView, WouldFit};
 use rbee_wire::worker::LoadProgress;
-use rbee_wire::{DeviceId, ErrorBody, ErrorCode, HiveId, JobId, KeepAlive, ModelRef, WorkerId};
+use rbee_wire::{DeviceId, ErrorBody, ErrorCode, HiveId, KeepAlive, ModelRef, WorkerId};
 use serde_json::json;
 
+use crate::line::{Class, Entry, Standing as Stands};
 use crate::place::{Placement, Resident, Site, Standing, cost, place};
+use crate::pump::tell;
 use crate::registry::Worker;
-use crate::scheduler::{Scheduler, Told, tell};
+use crate::scheduler::{Scheduler, Told};
 use crate::{Effect, LoadKey};
 
 /// A load that has ended well shows itself by a heartbeat within this time.
@@ -201,10 +203,10 @@ impl Scheduler {
                     self.decided(key, "wait", &why, out);
                 }
                 let residency = self.config.residency;
-                let resident = |known: &&mut Worker| known.ready_since.is_some_and(|since| now >= since + residency);
+                let resident = |known: &&Worker| known.ready_since.is_some_and(|since| now >= since + residency);
                 for worker in workers {
-                    if let Some(known) = self.registry.worker_mut(&worker).filter(resident) {
-                        known.closed = true;
+                    if self.registry.worker(&worker).filter(resident).is_some() {
+                        self.registry.workers.close(&worker);
                     }
                 }
                 Phase::Waiting { target: Some(at(index)), sites, looked: now, looking: false }
@@ -223,9 +225,8 @@ impl Scheduler {
 
     /// Says to all who wait for a load why it goes as it goes.
     fn decided(&self, key: &LoadKey, what: &'static str, why: &str, out: &mut Vec<Effect>) {
-        let waits = |id: &&JobId| self.jobs.get(*id).is_some_and(|job| job.load_key() == *key);
-        let told = self.waiting.iter().filter(waits).cloned();
-        out.extend(told.map(|job| Effect::Decided { job, what, why: why.to_owned() }));
+        let told = self.line.of_load(key).flat_map(Class::lines).flatten();
+        out.extend(told.map(|entry| Effect::Decided { job: entry.id.clone(), what, why: why.to_owned() }));
     }
 
     /// Workers by their models.
@@ -239,19 +240,18 @@ impl Scheduler {
 
     /// A worker takes no more jobs and is ended.
     fn send_away(&mut self, worker: &WorkerId, why: String, out: &mut Vec<Effect>) {
-        if let Some(known) = self.registry.worker_mut(worker) {
+        let hive = self.registry.workers.change(worker, |known| {
             known.leaving = true;
-            out.push(Effect::Unload { worker: worker.clone(), hive: known.beat.hive_id.clone(), why });
-        }
+            known.beat.hive_id.clone()
+        });
+        out.extend(hive.map(|hive| Effect::Unload { worker: worker.clone(), hive, why }));
     }
 
     /// How long a model that is loaded on demand stays: as the first who waits for it said.
     fn keep_of(&self, key: &LoadKey) -> KeepAlive {
-        let said = |id: &JobId| {
-            let job = self.jobs.get(id).filter(|job| job.load_key() == *key)?;
-            job.want.keep_alive
-        };
-        self.waiting.iter().find_map(said).unwrap_or(self.config.keep_alive)
+        let said = |entry: &Entry| Some((entry.age, self.jobs.get(&entry.id)?.want.keep_alive?));
+        let all = self.line.of_load(key).flat_map(Class::lines).flatten().filter_map(said);
+        all.min_by_key(|(age, _)| *age).map_or(self.config.keep_alive, |(_, keep)| keep)
     }
 
     fn no_room(&self, key: &LoadKey, sites: &[Site]) -> ErrorBody {
@@ -307,7 +307,7 @@ impl Scheduler {
         let left: Vec<LoadKey> =
             self.loads.iter().filter(|(_, load)| load.can_be_left()).map(|(key, _)| key.clone()).collect();
         for key in left {
-            let wanted = self.waiting.iter().any(|id| self.jobs.get(id).is_some_and(|job| job.load_key() == key));
+            let wanted = self.line.of_load(&key).next().is_some();
             if !wanted
                 && let Some(load) = self.loads.remove(&key)
                 && matches!(load.phase, Phase::Planning)
@@ -345,10 +345,9 @@ impl Scheduler {
     /// A worker that nobody waits for any more takes jobs again.
     fn reopen(&mut self) {
         let wanted: Vec<(HiveId, DeviceId)> = self.loads.values().filter_map(|load| load.target().cloned()).collect();
-        for worker in self.registry.workers.iter_mut().filter(|worker| worker.closed) {
-            worker.closed =
-                wanted.iter().any(|(hive, device)| *hive == worker.beat.hive_id && *device == worker.beat.device);
-        }
+        self.registry.workers.reopen(|worker| {
+            wanted.iter().any(|(hive, device)| *hive == worker.beat.hive_id && *device == worker.beat.device)
+        });
     }
 
     /// Lets those go that nobody has used for as long as they stay.
@@ -370,10 +369,8 @@ impl Scheduler {
 
     /// A worker that was sent away is gone, or could not be ended.
     pub(crate) fn unloaded(&mut self, worker: &WorkerId, result: Result<(), ErrorBody>, out: &mut Vec<Effect>) {
-        if result.is_err()
-            && let Some(known) = self.registry.worker_mut(worker)
-        {
-            known.leaving = false;
+        if result.is_err() {
+            self.registry.workers.change(worker, |known| known.leaving = false);
         }
         for (key, load) in &mut self.loads {
             if let Phase::Evicting { out: leaving, .. } = &mut load.phase {
@@ -394,11 +391,16 @@ impl Scheduler {
     }
 
     pub(crate) fn load_moved(&mut self, model: &ModelRef, progress: &LoadProgress, out: &mut Vec<Effect>) {
-        for id in &self.waiting {
-            if let Some(job) =
-                self.jobs.get_mut(id).filter(|job| &job.model == model && matches!(job.told, Told::Loading(_)))
-            {
-                tell(id, job, Told::Loading(Some(progress.clone())), out);
+        let loading = |class: &Class| matches!(class.standing, Stands::Loading(_));
+        let classes = self.line.of_model(model).filter(|(_, class)| loading(class));
+        for at in classes.map(|(at, _)| at).collect::<Vec<_>>() {
+            for id in self.turns_of(at) {
+                if let Some(job) = self.jobs.get_mut(&id).filter(|job| matches!(job.told, Told::Loading(_))) {
+                    tell(&id, job, Told::Loading(Some(progress.clone())), out);
+                }
+            }
+            if let Some((class, _)) = self.line.class_mut(at) {
+                class.standing = Stands::Loading(Some(progress.clone()));
             }
         }
     }
@@ -414,8 +416,10 @@ impl Scheduler {
         match result {
             Ok(()) => {
                 // A load is over when a worker that it was for beats, not before: else it would be asked for again.
-                if self.registry.workers.iter().any(|worker| worker.is_up() && suits(worker, key)) {
+                let mut known = self.registry.workers.of_model(&key.model);
+                if known.any(|worker| worker.is_up() && suits(worker, key)) {
                     self.loads.remove(key);
+                    self.line.wake(&key.model);
                 } else {
                     load.phase = Phase::Loaded(now);
                 }
@@ -454,14 +458,13 @@ impl Scheduler {
     /// Ends the jobs that wait for a load which failed. Others of the model, queued at a worker, go on waiting.
     fn load_failed(&mut self, model: &ModelRef, error: &ErrorBody, out: &mut Vec<Effect>) {
         self.loads.retain(|key, _| &key.model != model);
-        let waits = |id: &&JobId| {
-            self.jobs.get(*id).is_some_and(|job| &job.model == model && matches!(job.told, Told::Loading(_)))
-        };
-        let failed: Vec<JobId> = self.waiting.iter().filter(waits).cloned().collect();
-        for id in failed {
-            self.jobs.remove(&id);
-            self.waiting.retain(|waiting| waiting != &id);
-            out.push(Effect::Reject { job: id, error: error.clone() });
+        self.line.wake(model);
+        let all: Vec<_> = self.line.of_model(model).map(|(at, _)| at).collect();
+        for id in all.into_iter().flat_map(|at| self.turns_of(at)).collect::<Vec<_>>() {
+            if self.jobs.get(&id).is_some_and(|job| matches!(job.told, Told::Loading(_))) {
+                self.forget(&id);
+                out.push(Effect::Reject { job: id, error: error.clone() });
+            }
         }
     }
 }

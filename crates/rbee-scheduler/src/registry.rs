@@ -11,6 +11,8 @@ use rbee_wire::view::{HiveView, LoadedView, WorkerView};
 use rbee_wire::worker::{UsedOf, WorkerHeartbeat, WorkerState};
 use rbee_wire::{DeviceSpec, HiveId, Incarnation, KeepAlive, ModelRef, WorkerId};
 
+use crate::workers::Workers;
+
 /// No new dispatch after so much silence.
 pub const FRESH: Duration = Duration::from_millis(1200);
 /// Dead after so much silence.
@@ -71,6 +73,24 @@ impl Worker {
         worker
     }
 
+    /// Nobody could be heard for so long.
+    pub(crate) fn extend(&mut self, by: Duration) {
+        self.heard += by;
+        self.steps_moved += by;
+        self.idle_since = self.idle_since.map(|since| since + by);
+    }
+
+    /// Takes a newer heartbeat of the same life.
+    fn hear(&mut self, beat: WorkerHeartbeat, now: Duration) {
+        if beat.steps != self.beat.steps || !beat.working {
+            self.steps_moved = now;
+        }
+        self.beat = beat;
+        self.heard = now;
+        self.refused = false;
+        self.look(now);
+    }
+
     /// Whether it serves, and whether anybody uses it, after a heartbeat, a dispatch or the end of one.
     pub(crate) fn look(&mut self, now: Duration) {
         let serves = self.is_up();
@@ -127,7 +147,12 @@ impl Worker {
 
     /// Whether it is on such a device.
     pub fn is_on(&self, device: DeviceSpec) -> bool {
-        device == DeviceSpec::Auto || self.beat.device.as_str() == device.to_string()
+        let id = self.beat.device.as_str();
+        match device {
+            DeviceSpec::Auto => true,
+            DeviceSpec::Cpu => id == "cpu",
+            DeviceSpec::Cuda(index) => id.strip_prefix("cuda:").and_then(|text| text.parse().ok()) == Some(index),
+        }
     }
 }
 
@@ -143,8 +168,8 @@ pub struct Hive {
 /// Everybody that beats.
 #[derive(Debug, Default)]
 pub struct Registry {
-    /// In order of registration.
-    pub workers: Vec<Worker>,
+    /// By id and by model.
+    pub workers: Workers,
     /// By name.
     pub hives: BTreeMap<HiveId, Hive>,
     ended: HashMap<WorkerId, Incarnation>,
@@ -188,21 +213,15 @@ pub enum Gone {
 impl Registry {
     /// A worker by its id.
     pub fn worker(&self, id: &WorkerId) -> Option<&Worker> {
-        self.workers.iter().find(|worker| &worker.beat.worker_id == id)
-    }
-
-    /// A worker by its id.
-    pub fn worker_mut(&mut self, id: &WorkerId) -> Option<&mut Worker> {
-        self.workers.iter_mut().find(|worker| &worker.beat.worker_id == id)
+        self.workers.get(id)
     }
 
     /// Forgets a worker, and refuses this life of it from here on unless it was merely not heard.
-    pub fn remove(&mut self, id: &WorkerId, back: Back) {
-        if let Some(at) = self.workers.iter().position(|worker| &worker.beat.worker_id == id) {
-            let worker = self.workers.remove(at);
-            if back == Back::Never {
-                self.end(id.clone(), worker.beat.incarnation);
-            }
+    pub(crate) fn remove(&mut self, id: &WorkerId, back: Back) {
+        if let Some(worker) = self.workers.remove(id)
+            && back == Back::Never
+        {
+            self.end(id.clone(), worker.beat.incarnation);
         }
     }
 
@@ -226,11 +245,11 @@ impl Registry {
             return Beat::Refused;
         }
         let stopped = beat.state == WorkerState::Stopped;
-        let Some(known) = self.worker_mut(&id) else {
+        let Some(known) = self.worker(&id) else {
             if stopped {
                 self.end(id, beat.incarnation);
             } else {
-                self.workers.push(Worker::new(beat, now));
+                self.workers.put(Worker::new(beat, now));
             }
             return Beat::Taken;
         };
@@ -243,7 +262,7 @@ impl Registry {
                 return Beat::Stopped;
             }
             let before = known.beat.incarnation.clone();
-            *known = Worker::new(beat, now);
+            self.workers.put(Worker::new(beat, now));
             self.end(id, before);
             return Beat::NewLife;
         }
@@ -253,13 +272,14 @@ impl Registry {
         if stopped {
             return Beat::Stopped;
         }
-        if beat.steps != known.beat.steps || !beat.working {
-            known.steps_moved = now;
+        if beat.model == known.beat.model {
+            self.workers.change(&id, |known| known.hear(beat, now));
+        } else {
+            // No worker of ours does, but the index must not hang on that.
+            let mut known = known.clone();
+            known.hear(beat, now);
+            self.workers.put(known);
         }
-        known.beat = beat;
-        known.heard = now;
-        known.refused = false;
-        known.look(now);
         Beat::Taken
     }
 
@@ -293,11 +313,7 @@ impl Registry {
 
     /// Nobody could be heard for so long, because the queen itself stood still.
     pub fn extend(&mut self, by: Duration) {
-        for worker in &mut self.workers {
-            worker.heard += by;
-            worker.steps_moved += by;
-            worker.idle_since = worker.idle_since.map(|since| since + by);
-        }
+        self.workers.extend(by);
         for hive in self.hives.values_mut() {
             hive.heard += by;
         }
@@ -316,14 +332,12 @@ impl Registry {
         if suspicious && self.suspected.is_none() {
             // So many at once: it is likelier that we do not hear than that they do not speak.
             self.suspected = Some(now);
-            for worker in &mut self.workers {
-                worker.heard = worker.heard.max(now);
-            }
+            self.workers.hear_all(now);
             return Vec::new();
         }
         let mut gone: Vec<(WorkerId, Gone)> =
             dead.into_iter().map(|worker| (worker.beat.worker_id.clone(), self.silence(worker, now))).collect();
-        for worker in &self.workers {
+        for worker in self.workers.iter() {
             if worker.beat.working
                 && worker.heard.saturating_sub(worker.steps_moved) >= STALLED
                 && !gone.iter().any(|(id, _)| id == &worker.beat.worker_id)

@@ -399,8 +399,8 @@ fn who_posts_much_waits_behind_who_posts_little() {
          t=0.2 submit n1 tinybee -> queued n1 1, queued b2 2, queued a3 3, queued a4 4
          t=0.3 ended a1 w1 -> dispatch b1 w1, queued n1 0, queued a3 1, queued a4 3
          t=0.4 ended a2 w1 -> dispatch a3 w1, queued a4 1
-         t=0.5 ended b1 w1 -> dispatch n1 w1, queued b2 0
-         t=0.6 ended n1 w1 -> dispatch b2 w1, queued a4 0
+         t=0.5 ended b1 w1 -> dispatch b2 w1
+         t=0.6 ended b2 w1 -> dispatch n1 w1, queued a4 0
          t=0.7 ended a3 w1 -> dispatch a4 w1",
     );
 }
