@@ -9,6 +9,7 @@ mod gen_models;
 mod gen_openapi;
 mod gen_openapi_requests;
 mod sdk;
+mod sim;
 mod tidy;
 
 use std::path::{Path, PathBuf};
@@ -27,6 +28,8 @@ const USAGE: &str = "usage: cargo xtask COMMAND
                  run every fuzz target, or one, for 5 seconds unless given
   up [WORKERS]   a fleet of simulated workers in a home of its own, until Ctrl-C
   bench NAME     measure: relay, start, api, fleet, engine
+  sim            the policies against each other, in virtual time
+  sim --seeds N  look for a seed that breaks what the scheduler must hold
   cuda toolkit   bring NVIDIA's compiler into target/cuda
   cuda check     compile and lint what runs on GPUs, run its tests
   cuda build     the worker for GPUs, where a hive built here finds it
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         ["cuda", "pack"] => cuda::pack(&root()).map(drop),
         ["cuda", "gpu-check"] => cuda::gpu_check(&root()),
         ["bench", ..] => bench::run(&args[1..]),
+        ["sim", ..] => sim::main(&root(), &args[1..]),
         _ => {
             eprint!("{USAGE}");
             return ExitCode::from(2);

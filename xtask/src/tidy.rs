@@ -23,7 +23,8 @@ const EDGES: &[(&str, &[&str])] = &[
     ("rbee-scheduler", &["rbee-wire"]),
     ("rbee-supervisor", &["rbee-wire"]),
     ("rbee-service", &["rbee-wire"]),
-    ("rbee-testkit", &["rbee-wire", "rbee-client", "rbee-config", "rbee-engine"]),
+    // The simulated fleet runs the real scheduler, which is pure.
+    ("rbee-testkit", &["rbee-wire", "rbee-client", "rbee-config", "rbee-engine", "rbee-scheduler"]),
     ("rbee-keeper", &["rbee-wire", "rbee-client", "rbee-config", "rbee-supervisor"]),
     (
         "queen-rbee",

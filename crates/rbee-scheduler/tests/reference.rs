@@ -16,7 +16,7 @@ use rbee_wire::{DeviceSpec, ErrorBody, ErrorCode, HiveId, JobId, KeepAlive, KeyI
 use serde_json::json;
 
 /// Jobs that may wait.
-const LIMIT: usize = 25;
+const LIMIT: usize = 13;
 
 #[derive(Clone, Debug)]
 struct Worker {
@@ -255,7 +255,9 @@ impl Naive {
         let job =
             Job { id: id.clone(), want: want.clone(), running: None, avoid: Vec::new(), broken: 0, loading: false };
         let waits = matches!(self.place(&job), Place::Queue | Place::Await | Place::Start);
-        if waits && self.waiting().count() >= LIMIT {
+        let own = self.waiting().filter(|other| other.want.owner == want.owner).count();
+        let full = self.waiting().count() >= LIMIT || want.owner.is_some() && own >= LIMIT.div_ceil(2);
+        if waits && full {
             self.say(format!("reject {id} {}", ErrorCode::QueueFull));
         } else {
             self.jobs.push(job);

@@ -12,6 +12,7 @@ pub mod bins;
 pub mod canary;
 pub mod cluster;
 pub mod command;
+pub mod fleet_sim;
 pub mod http;
 pub mod hub;
 pub mod port;
