@@ -454,6 +454,8 @@ async fn send(
             return;
         }
         if count == 0 {
+            // What is counted as sent is out of our own buffers before the connection breaks.
+            tokio::time::sleep(Duration::from_millis(50)).await;
             let _ = sender.send(Err(io::Error::other("cut"))).await;
             return;
         }
