@@ -419,7 +419,6 @@ impl Scheduler {
                 let mut known = self.registry.workers.of_model(&key.model);
                 if known.any(|worker| worker.is_up() && suits(worker, key)) {
                     self.loads.remove(key);
-                    self.line.wake(&key.model);
                 } else {
                     load.phase = Phase::Loaded(now);
                 }

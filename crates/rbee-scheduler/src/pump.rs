@@ -46,8 +46,6 @@ impl Scheduler {
             turns.extend(self.line.head(class).map(|(running, age, _)| Reverse((running, age, class))));
         }
         let mut stay: Vec<(ClassId, Standing)> = Vec::new();
-        // Classes that leave a free worker alone because another will be faster.
-        let mut hold: Vec<ClassId> = Vec::new();
         while let Some(Reverse((running, age, class))) = turns.pop() {
             let Some((runs, oldest, id)) = self.line.head(class) else { continue };
             // A dispatch meanwhile has made its turn a later one; never a sooner one.
@@ -58,14 +56,9 @@ impl Scheduler {
             let Some(job) = self.jobs.get(id) else { continue };
             let (id, worker, why) = match self.place(job, now) {
                 Place::Dispatch { worker, why } => (id.clone(), worker, why),
-                Place::Wait => match self.behind(class, now) {
-                    Some(placed) => placed,
-                    None => {
-                        hold.push(class);
-                        continue;
-                    }
-                },
-                Place::Queue => {
+                Place::Wait if let Some(placed) = self.behind(class, now) => placed,
+                // It leaves a free worker alone because one that is full will be faster; a dispatch does not change that.
+                Place::Wait | Place::Queue => {
                     stay.push((class, Standing::Queued));
                     continue;
                 }
@@ -93,12 +86,8 @@ impl Scheduler {
                 }
             };
             self.dispatch(id, &worker, why, now, out);
-            // The faster one may be the one that has got this job.
-            for class in hold.drain(..).chain([class]) {
-                turns.extend(self.line.head(class).map(|(running, age, _)| Reverse((running, age, class))));
-            }
+            turns.extend(self.line.head(class).map(|(running, age, _)| Reverse((running, age, class))));
         }
-        stay.extend(hold.into_iter().map(|class| (class, Standing::Queued)));
         for (class, standing) in stay {
             self.tell_class(class, standing, out);
         }

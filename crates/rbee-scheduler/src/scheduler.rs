@@ -458,3 +458,30 @@ impl Scheduler {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+    use super::*;
+
+    #[test]
+    fn nothing_is_kept_of_a_job_that_has_ended() {
+        let mut scheduler = Scheduler::new(Config {
+            queue_limit: 10,
+            queue_timeout: Duration::from_secs(60),
+            default_model: None,
+            policy: crate::Policy::FirstAvailable,
+            keep_alive: rbee_wire::KeepAlive::Forever,
+            residency: Duration::ZERO,
+        });
+        let job = JobId::new("a").unwrap();
+        let deadline = Some(Duration::from_secs(9));
+        let want = Want { model: Some(ModelRef::Tinybee), deadline, ..Want::default() };
+        scheduler.handle(Duration::ZERO, Event::Submit { job: job.clone(), want });
+        assert_eq!((scheduler.queued(), scheduler.deadlines.len(), scheduler.loads.len()), (1, 1, 1));
+        scheduler.handle(Duration::ZERO, Event::Cancel { job });
+        assert_eq!((scheduler.queued(), scheduler.deadlines.len(), scheduler.loads.len()), (0, 0, 0));
+        assert!(scheduler.jobs.is_empty() && scheduler.seated.is_empty());
+    }
+}

@@ -122,6 +122,8 @@ impl Script {
                     match option.split_once('=') {
                         Some(("worker", id)) => want.worker_id = Some(worker(id)),
                         Some(("owner", id)) => want.owner = Some(KeyId::new(id).unwrap()),
+                        Some(("prompt", tokens)) => want.work.prompt = tokens.parse().unwrap(),
+                        Some(("answer", tokens)) => want.work.answer = tokens.parse().unwrap(),
                         Some(("device", device)) => want.device = Some(device.parse().unwrap()),
                         Some(("keep", keep)) => want.keep_alive = Some(keep.parse().unwrap()),
                         Some(("deadline", ms)) => {
@@ -761,6 +763,41 @@ fn fastest_counts_rates_and_its_own_dispatches_and_waits_for_a_much_faster_one()
          t=0.1 submit a tinybee -> dispatch a quick
          t=0.1 submit b tinybee -> dispatch b slow",
     );
+    // Who is much better off with a busy one leaves the free one to whoever is not.
+    check_with(
+        Config { policy: Policy::Fastest, ..config(100) },
+        "t=0.0 beat slow ready tinybee 0/1 decode=10 prefill=1000
+         t=0.0 beat quick ready tinybee 0/1 decode=200 prefill=1000
+         t=0.1 submit a tinybee -> dispatch a quick
+         t=0.1 submit b tinybee prompt=100 answer=200 -> queued b 0
+         t=0.1 submit c tinybee prompt=100 answer=200 -> queued c 1
+         t=0.2 submit d tinybee prompt=10000 answer=1 -> dispatch d slow
+         t=0.2 submit e tinybee prompt=10000 answer=1 -> queued e 2
+         t=0.3 ended d slow -> dispatch e slow",
+    );
+}
+
+#[test]
+fn those_far_behind_are_told_their_place_among_all_owners() {
+    let mut script = Script { scheduler: Scheduler::new(config(100)), seq: 0 };
+    let now = Duration::ZERO;
+    let beat = script.event(now, &["beat", "w1", "ready", "tinybee", "1/1"]);
+    assert!(script.scheduler.handle(now, beat).is_empty());
+    let mut submit = |name: &str, owner: &str| {
+        let event = script.event(now, &["submit", name, "tinybee", &format!("owner={owner}")]);
+        let effects = script.scheduler.handle(now, event);
+        effects.into_iter().find_map(|effect| match effect {
+            Effect::Queued { job: id, position } if id == job(name) => Some(position),
+            _ => None,
+        })
+    };
+    for at in 0..20 {
+        assert_eq!(submit(&format!("a{at}"), "a"), Some(at));
+    }
+    // Each of b's comes behind as many of a's as b has before it, and the one of them that is older.
+    for at in 0..20 {
+        assert_eq!(submit(&format!("b{at}"), "b"), Some(2 * at + 1));
+    }
 }
 
 #[test]
