@@ -7,7 +7,8 @@ use rbee_scheduler::Policy;
 use rbee_testkit::fleet_sim::traffic::{Arrival, poisson, recorded};
 use rbee_testkit::fleet_sim::{Outcome, Setup, run, trial};
 
-const USAGE: &str = "usage: cargo xtask sim [--seed S] [--jobs N] [--rate JOBS_PER_SECOND] [--recorded FILE] | sim --seeds N";
+const USAGE: &str =
+    "usage: cargo xtask sim [--seed S] [--jobs N] [--rate JOBS_PER_SECOND] [--recorded FILE] | sim --seeds N";
 
 /// Traffic that lies in the repository.
 const RECORDED: &str = "xtask/traffic.jsonl";
@@ -17,7 +18,7 @@ const RECORDED: &str = "xtask/traffic.jsonl";
 /// # Errors
 /// A wrong command line, traffic that cannot be read, or an invariant that does not hold, with its seed.
 pub fn main(root: &Path, args: &[String]) -> Result<()> {
-    let (mut seed, mut jobs, mut rate, mut file, mut seeds) = (1u64, 2000usize, 1.5f64, root.join(RECORDED), None);
+    let (mut seed, mut jobs, mut rate, mut file, mut seeds) = (1u64, 2000usize, 0.5f64, root.join(RECORDED), None);
     for pair in args.chunks(2) {
         let [flag, text] = pair else { bail!(USAGE) };
         match flag.as_str() {
@@ -37,7 +38,7 @@ pub fn main(root: &Path, args: &[String]) -> Result<()> {
     table(&poisson(seed, jobs, rate, &models)).with_context(|| format!("seed {seed}"))?;
     let text = std::fs::read_to_string(&file).with_context(|| file.display().to_string())?;
     let arrivals = recorded(&text).map_err(|error| anyhow!("{}: {error}", file.display()))?;
-    println!("\n{} jobs of {}:\n", arrivals.len(), file.display());
+    println!("\n{} jobs of {}:\n", arrivals.len(), file.strip_prefix(root).unwrap_or(&file).display());
     table(&arrivals)
 }
 

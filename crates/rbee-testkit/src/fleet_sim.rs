@@ -8,7 +8,7 @@ mod machines;
 pub mod traffic;
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap};
 use std::fmt;
 use std::time::Duration;
 
@@ -16,8 +16,8 @@ use rbee_scheduler::{Config, Effect, Event, LoadKey, Policy, Scheduler, Want};
 use rbee_wire::worker::LoadProgress;
 use rbee_wire::{ErrorBody, ErrorCode, JobId, KeepAlive, ModelRef, WorkerId};
 
-pub use machines::{Machine, Model};
 use machines::{Fleet, Process};
+pub use machines::{Machine, Model};
 use traffic::{Arrival, Random};
 
 /// Time between two heartbeats of a worker; a hive's come at every second one of these.
@@ -70,7 +70,8 @@ impl Setup {
             prefill,
             disk,
         };
-        let model = |name: &str, bytes, weight| Model { model: ModelRef::Path(format!("/models/{name}")), bytes, weight };
+        let model =
+            |name: &str, bytes, weight| Model { model: ModelRef::Path(format!("/models/{name}")), bytes, weight };
         Self {
             machines: vec![
                 machine("slow", "cpu", gib(24), 15.0, 150.0, 5e8),
@@ -199,6 +200,10 @@ struct Sim<'a> {
     happenings: BTreeMap<u64, Next>,
     number: u64,
     jobs: BTreeMap<JobId, Job>,
+    /// Bytes free on each machine, when a load was planned last.
+    planned: BTreeMap<LoadKey, Vec<(usize, u64)>>,
+    /// Loads that hives were asked for and have not ended.
+    asked: BTreeSet<LoadKey>,
     ended: usize,
     outcome: Outcome,
 }
@@ -219,6 +224,8 @@ pub fn run(setup: &Setup, arrivals: &[Arrival]) -> Result<Outcome, Broken> {
         happenings: BTreeMap::new(),
         number: 0,
         jobs: BTreeMap::new(),
+        planned: BTreeMap::new(),
+        asked: BTreeSet::new(),
         ended: 0,
         outcome: Outcome::default(),
     };
@@ -307,6 +314,8 @@ impl Sim<'_> {
                 self.tell(Event::HiveBeat(Box::new(beat)))
             }
             Next::Planned(load) => {
+                let free = (0..self.setup.machines.len()).map(|machine| (machine, self.fleet.free(machine)));
+                self.planned.insert(load.clone(), free.collect());
                 let result = match self.setup.models.iter().find(|model| model.model == load.model) {
                     Some(model) => Ok(self.fleet.plans(model, &load)),
                     None => Err(ErrorBody::new(ErrorCode::ModelNotFound, format!("there is no {}", load.model))),
@@ -316,17 +325,22 @@ impl Sim<'_> {
             Next::LoadEnded(load, id) => self.load_ended(load, &id),
             Next::Look(id, change) => self.look(&id, change),
             Next::Exited(id) => {
-                let Some(process) = self.fleet.end(&id) else { return self.unloaded(id) };
-                let beat = process.last_beat();
-                self.tell(Event::WorkerBeat(Box::new(beat)))?;
-                self.lose(process, true)?;
+                if let Some(process) = self.fleet.end(&id) {
+                    let beat = process.last_beat();
+                    self.tell(Event::WorkerBeat(Box::new(beat)))?;
+                }
                 self.unloaded(id)
             }
             Next::Crash => {
                 self.plan_crash();
                 self.crash()
             }
-            Next::Tell(event) => self.tell(*event),
+            Next::Tell(event) => {
+                if let Event::LoadDone { load, .. } = &*event {
+                    self.asked.remove(load);
+                }
+                self.tell(*event)
+            }
         }
     }
 
@@ -359,7 +373,9 @@ impl Sim<'_> {
     }
 
     fn load_ended(&mut self, load: LoadKey, id: &WorkerId) -> Result<(), Broken> {
-        let gone = |id: &WorkerId| Err(ErrorBody::new(ErrorCode::ModelLoadFailed, format!("{id} ended while it loaded")));
+        self.asked.remove(&load);
+        let gone =
+            |id: &WorkerId| Err(ErrorBody::new(ErrorCode::ModelLoadFailed, format!("{id} ended while it loaded")));
         if self.fleet.process(id).is_none() {
             return self.tell(Event::LoadDone { load, result: gone(id) });
         }
@@ -383,19 +399,16 @@ impl Sim<'_> {
         let Some(id) = self.fleet.any(&mut self.random) else { return Ok(()) };
         let Some(process) = self.fleet.end(&id) else { return Ok(()) };
         let machine = process.machine;
-        self.lose(process, false)?;
+        self.lose(process)?;
         // The hive says so at once, after the relay has seen its connections break.
         let beat = self.fleet.hive_beat(machine);
         self.tell(Event::HiveBeat(Box::new(beat)))
     }
 
     /// The jobs of a worker that has ended: their relays see it.
-    fn lose(&mut self, process: Process, told: bool) -> Result<(), Broken> {
+    fn lose(&mut self, process: Process) -> Result<(), Broken> {
         for id in process.jobs() {
             let Some(job) = self.jobs.get(&id).filter(|job| job.on.as_ref() == Some(&process.id)) else { continue };
-            if told {
-                return Err(self.broken(format!("{} was ended while {id} ran on it", process.id)));
-            }
             let retry = job.first.is_none();
             let error = ErrorBody::new(ErrorCode::WorkerLost, "the connection broke");
             let (job, worker) = (id, process.id.clone());
@@ -407,7 +420,9 @@ impl Sim<'_> {
     /// What runs on a worker may have come to its first token or its end.
     fn look(&mut self, id: &WorkerId, change: u64) -> Result<(), Broken> {
         let now = self.now;
-        let Some(process) = self.fleet.process_mut(id).filter(|process| process.changes() == change) else { return Ok(()) };
+        let Some(process) = self.fleet.process_mut(id).filter(|process| process.changes() == change) else {
+            return Ok(());
+        };
         process.advance(now);
         let (first, done) = process.due();
         self.look_again(id);
@@ -486,6 +501,13 @@ impl Sim<'_> {
                 let model = self.setup.models.iter().find(|model| model.model == load.model);
                 let machine = self.setup.machines.iter().position(|machine| machine.name == hive.as_str());
                 let Some((model, machine)) = model.zip(machine) else { return Err(self.broken("a load of nothing")) };
+                let planned = self.planned.get(&load).and_then(|rooms| rooms.iter().find(|(at, _)| *at == machine));
+                if planned.is_none_or(|(_, free)| *free < model.bytes) {
+                    return Err(self.broken(format!("{} is loaded where it did not fit: {planned:?}", load.model)));
+                }
+                if !self.asked.insert(load.clone()) {
+                    return Err(self.broken(format!("{} is loaded twice at once", load.model)));
+                }
                 match self.fleet.start(machine, model, keep_alive, self.now) {
                     Ok(id) => {
                         self.outcome.loads += 1;
@@ -508,6 +530,10 @@ impl Sim<'_> {
                 let stayed = since.map(|since| self.now.saturating_sub(since));
                 if evicted && stayed.is_some_and(|stayed| stayed < self.setup.config.residency) {
                     return Err(self.broken(format!("{worker} leaves after {stayed:?} for another")));
+                }
+                let jobs = self.fleet.process(&worker).map(Process::jobs).unwrap_or_default();
+                if let Some(job) = jobs.first() {
+                    return Err(self.broken(format!("{worker} is sent away while {job} runs on it")));
                 }
                 self.after(EXIT, Next::Exited(worker));
                 Ok(())

@@ -1,7 +1,5 @@
 //! The scheduler over simulated fleets that crash, fail to load and are cancelled: what must hold does.
 
-#![expect(clippy::panic, reason = "a test fails by panicking")]
-
 use rbee_scheduler::Policy;
 use rbee_testkit::fleet_sim::traffic::{poisson, recorded};
 use rbee_testkit::fleet_sim::{Setup, run, trial};

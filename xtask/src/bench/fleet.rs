@@ -1,7 +1,9 @@
 //! `bench fleet`: what an event costs the scheduler with a thousand workers and ten thousand jobs that wait.
 //!
 //! The real [`Scheduler`] alone, without network and queen. Every worker is full, so that each end of a job is the dispatch of the
-//! next; what an event takes away is put back, unmeasured, before the next.
+//! next; what an event takes away is put back, unmeasured, before the next. Then what the heartbeats alone cost a real queen.
+
+mod queen;
 
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -134,7 +136,7 @@ pub(super) fn run(plan: &Plan) -> Result<()> {
         );
         ensure!(fleet.scheduler.queued() == plan.jobs, "{} jobs wait after {name}", fleet.scheduler.queued());
     }
-    Ok(())
+    queen::run(&fleet.beats)
 }
 
 fn model(at: usize) -> ModelRef {

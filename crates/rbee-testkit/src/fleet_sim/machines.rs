@@ -138,7 +138,7 @@ impl Process {
                 done.push(id.clone());
             }
         }
-        done.iter().for_each(|id| drop(self.tasks.remove(id)));
+        self.tasks.retain(|id, _| !done.contains(id));
         (first, done)
     }
 
@@ -182,6 +182,11 @@ impl Fleet {
         self.processes.values().filter(|process| process.machine == machine).map(|process| process.bytes).sum()
     }
 
+    /// Bytes that nobody has.
+    pub(super) fn free(&self, machine: usize) -> u64 {
+        self.machines[machine].memory - self.taken(machine)
+    }
+
     fn hive(&self, machine: usize) -> HiveId {
         HiveId::new(&self.machines[machine].name).unwrap_or_else(|_| HiveId::localhost())
     }
@@ -197,7 +202,10 @@ impl Fleet {
         let of = &self.machines[machine];
         let taken = self.taken(machine);
         if taken + model.bytes > of.memory {
-            return Err(format!("{} has {taken} bytes taken of {}, {} more do not fit", of.name, of.memory, model.bytes));
+            return Err(format!(
+                "{} has {taken} bytes taken of {}, {} more do not fit",
+                of.name, of.memory, model.bytes
+            ));
         }
         self.started += 1;
         let wrong = |error: rbee_wire::ids::IdError| error.to_string();
@@ -300,7 +308,7 @@ impl Fleet {
             let room = Room {
                 device: DeviceId::new(&of.device).ok()?,
                 total: of.memory,
-                free: of.memory - self.taken(at),
+                free: self.free(at),
                 needs: Some(LoadNeeds { least: model.bytes, total: model.bytes, ..LoadNeeds::default() }),
                 context_fits: None,
                 would_fit: Vec::new(),
