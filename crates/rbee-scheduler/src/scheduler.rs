@@ -410,8 +410,9 @@ impl Scheduler {
             told: Told::Nothing,
         };
         // Only a job that cannot start at once needs a place in the line.
-        let waits = !matches!(self.place(&job, now), Place::Dispatch { .. } | Place::Loaded(_) | Place::Reject(_));
-        if waits && let Some(message) = full {
+        if let Some(message) = full
+            && !matches!(self.place(&job, now), Place::Dispatch { .. } | Place::Loaded(_) | Place::Reject(_))
+        {
             let error = ErrorBody::new(ErrorCode::QueueFull, message).with_retry_after(self.retry_after());
             self.line.owners.leave(owner);
             out.push(Effect::Reject { job: id, error });
@@ -461,8 +462,6 @@ impl Scheduler {
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use super::*;
 
     #[test]

@@ -12,13 +12,19 @@ use crate::registry::Worker;
 
 /// Place in the order of registration; never given twice.
 type Number = u64;
+/// Where a worker lies.
+type At = usize;
 
 /// Everybody that is active; see the module.
 #[derive(Debug, Default)]
 pub struct Workers {
-    all: BTreeMap<Number, Worker>,
-    by_id: HashMap<WorkerId, Number>,
-    by_model: BTreeMap<ModelRef, BTreeSet<Number>>,
+    /// Side by side: a decision may look at hundreds.
+    all: Vec<Option<Worker>>,
+    /// Places in `all` that nobody has.
+    free: Vec<At>,
+    in_order: BTreeMap<Number, At>,
+    by_id: HashMap<WorkerId, (Number, At)>,
+    by_model: BTreeMap<ModelRef, BTreeMap<Number, At>>,
     /// Those that take no new jobs so that their memory comes free.
     closed: BTreeSet<WorkerId>,
     touched: Vec<ModelRef>,
@@ -28,27 +34,27 @@ pub struct Workers {
 impl Workers {
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.all.len()
+        self.in_order.len()
     }
 
     /// Whether there is nobody.
     pub fn is_empty(&self) -> bool {
-        self.all.is_empty()
+        self.in_order.is_empty()
     }
 
     /// In order of registration.
     pub fn iter(&self) -> impl Iterator<Item = &Worker> {
-        self.all.values()
+        self.in_order.values().filter_map(|at| self.all[*at].as_ref())
     }
 
     /// A worker by its id.
     pub fn get(&self, id: &WorkerId) -> Option<&Worker> {
-        self.all.get(self.by_id.get(id)?)
+        self.all[self.by_id.get(id)?.1].as_ref()
     }
 
     /// Those of a model, whatever their state, in order of registration.
     pub fn of_model(&self, model: &ModelRef) -> impl Iterator<Item = &Worker> {
-        self.by_model.get(model).into_iter().flatten().filter_map(|number| self.all.get(number))
+        self.by_model.get(model).into_iter().flat_map(BTreeMap::values).filter_map(|at| self.all[*at].as_ref())
     }
 
     /// The models that somebody has, in their own order.
@@ -58,7 +64,7 @@ impl Workers {
 
     /// Changes a worker in what no index hangs on.
     pub(crate) fn change<T>(&mut self, id: &WorkerId, how: impl FnOnce(&mut Worker) -> T) -> Option<T> {
-        let worker = self.all.get_mut(self.by_id.get(id)?)?;
+        let worker = self.all[self.by_id.get(id)?.1].as_mut()?;
         let changed = how(worker);
         touch(&mut self.touched, &worker.beat.model);
         Some(changed)
@@ -67,31 +73,38 @@ impl Workers {
     /// Takes a worker in: at the end, or in the place of the one of that id.
     pub(crate) fn put(&mut self, worker: Worker) {
         let (id, model) = (worker.beat.worker_id.clone(), worker.beat.model.clone());
-        let number = match self.by_id.get(&id) {
-            Some(number) => *number,
+        let (number, at) = match self.by_id.get(&id) {
+            Some(known) => *known,
             None => {
                 self.next += 1;
-                self.by_id.insert(id, self.next);
-                self.next
+                let at = self.free.pop().unwrap_or(self.all.len());
+                if at == self.all.len() {
+                    self.all.push(None);
+                }
+                self.in_order.insert(self.next, at);
+                self.by_id.insert(id, (self.next, at));
+                (self.next, at)
             }
         };
         touch(&mut self.touched, &model);
-        if let Some(before) = self.all.insert(number, worker)
+        if let Some(before) = self.all[at].replace(worker)
             && before.beat.model != model
         {
             self.forget_model(&before.beat.model, number);
         }
         // Looked for first: nearly always it is there, and an entry would copy the name.
         match self.by_model.get_mut(&model) {
-            Some(numbers) => drop(numbers.insert(number)),
-            None => drop(self.by_model.insert(model, BTreeSet::from([number]))),
+            Some(numbers) => drop(numbers.insert(number, at)),
+            None => drop(self.by_model.insert(model, BTreeMap::from([(number, at)]))),
         }
     }
 
     /// Takes a worker out.
     pub(crate) fn remove(&mut self, id: &WorkerId) -> Option<Worker> {
-        let number = self.by_id.remove(id)?;
-        let worker = self.all.remove(&number)?;
+        let (number, at) = self.by_id.remove(id)?;
+        self.in_order.remove(&number);
+        self.free.push(at);
+        let worker = self.all[at].take()?;
         self.closed.remove(id);
         self.forget_model(&worker.beat.model, number);
         Some(worker)
@@ -126,12 +139,12 @@ impl Workers {
 
     /// Nobody could be heard for so long.
     pub(crate) fn extend(&mut self, by: Duration) {
-        self.all.values_mut().for_each(|worker| worker.extend(by));
+        self.all.iter_mut().flatten().for_each(|worker| worker.extend(by));
     }
 
     /// As if everybody had just been heard.
     pub(crate) fn hear_all(&mut self, now: Duration) {
-        self.all.values_mut().for_each(|worker| worker.heard = worker.heard.max(now));
+        self.all.iter_mut().flatten().for_each(|worker| worker.heard = worker.heard.max(now));
     }
 
     /// The models of those that changed since this was asked last.
