@@ -151,7 +151,7 @@ fn a_listener_that_does_not_read_slows_nobody_and_misses_nothing() {
     let path = format!("/v1/jobs/{job}/stream");
     let mut asleep = cluster.queen().listen(&path, None);
     let awake = cluster.queen().listen(&path, None).rest().whole();
-    assert_eq!(awake.tokens().len(), 20_000);
+    assert_eq!(awake.tokens().len(), 20_000, "{:?}", awake.said.last());
     sim::check(0, &text, &awake.tokens()).unwrap();
     assert_eq!(asleep.rest().whole().said, awake.said);
 }
