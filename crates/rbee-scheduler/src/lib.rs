@@ -17,6 +17,7 @@ pub mod place;
 pub mod policy;
 pub mod registry;
 
+mod learned;
 mod line;
 mod loads;
 mod pump;

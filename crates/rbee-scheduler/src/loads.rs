@@ -16,8 +16,8 @@ use crate::line::{Class, Entry, Standing as Stands};
 use crate::place::{Placement, Resident, Site, Standing, cost, place};
 use crate::pump::tell;
 use crate::registry::Worker;
-use crate::scheduler::{Scheduler, Told};
-use crate::{Effect, LoadKey};
+use crate::scheduler::{Job, Scheduler, Told};
+use crate::{Effect, LoadKey, Policy, Work};
 
 /// A load that has ended well shows itself by a heartbeat within this time.
 const SHOW: Duration = Duration::from_secs(10);
@@ -160,8 +160,12 @@ impl Scheduler {
     }
 
     /// Decides what becomes of a load, now that the devices are known.
-    fn settle(&mut self, key: &LoadKey, sites: Vec<Site>, now: Duration, out: &mut Vec<Effect>) {
+    fn settle(&mut self, key: &LoadKey, mut sites: Vec<Site>, now: Duration, out: &mut Vec<Effect>) {
         let Some(load) = self.loads.get(key) else { return };
+        let work = self.oldest(key).map_or(Work::default(), |job| job.want.work);
+        if self.config.policy == Policy::Fastest {
+            self.learned.order(&key.model, work, &mut sites);
+        }
         let (since, first) = (load.since, !matches!(load.phase, Phase::Waiting { .. }));
         // Those who came before have their turn first.
         let claimed: Vec<(HiveId, DeviceId)> = self
@@ -179,8 +183,15 @@ impl Scheduler {
                 let (hive, device) = at(index);
                 let keep_alive = self.keep_of(key);
                 let (free, needs) = (sites[index].free >> 20, sites[index].needs.unwrap_or(0) >> 20);
-                let why =
-                    format!("{} goes to {device} of {hive}: it needs {needs} MiB and {free} MiB are free", key.model);
+                let known = self.learned.seconds(&key.model, &sites[index], work);
+                let soon = known.filter(|_| self.config.policy == Policy::Fastest);
+                let soon = soon.map_or_else(String::new, |seconds| {
+                    format!(", and it will have answered in about {seconds:.1} s, load and all")
+                });
+                let why = format!(
+                    "{} goes to {device} of {hive}: it needs {needs} MiB and {free} MiB are free{soon}",
+                    key.model
+                );
                 self.decided(key, "place", &why, out);
                 out.push(Effect::Load { load: key.clone(), hive, device, keep_alive });
                 Phase::Loading
@@ -245,6 +256,12 @@ impl Scheduler {
             known.beat.hive_id.clone()
         });
         out.extend(hive.map(|hive| Effect::Unload { worker: worker.clone(), hive, why }));
+    }
+
+    /// Who waits longest for a load.
+    fn oldest(&self, key: &LoadKey) -> Option<&Job> {
+        let all = self.line.of_load(key).flat_map(Class::lines).flatten();
+        self.jobs.get(&all.min_by_key(|entry| entry.age)?.id)
     }
 
     /// How long a model that is loaded on demand stays: as the first who waits for it said.

@@ -15,7 +15,7 @@ pub enum Policy {
     /// The one with the smallest part of its slots taken.
     LeastLoaded,
     /// The one that will have answered soonest, as far as its rates tell; waiting for a fast one may be sooner than a slow one
-    /// that is free.
+    /// that is free. A model that nobody serves is loaded where load and answer took the fewest seconds before.
     Fastest,
 }
 

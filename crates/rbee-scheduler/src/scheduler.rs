@@ -7,6 +7,7 @@ use rbee_wire::view::{HiveView, WorkerView};
 use rbee_wire::worker::{LoadProgress, WorkerState};
 use rbee_wire::{ErrorBody, ErrorCode, Incarnation, JobId, ModelRef, WorkerId};
 
+use crate::learned::Learned;
 use crate::line::{Age, ClassId, Entry, Kind, Line, OwnerAt, Standing};
 use crate::loads::Load;
 use crate::pump::Place;
@@ -81,6 +82,7 @@ pub struct Scheduler {
     /// The jobs that have a deadline, by when.
     deadlines: BTreeSet<(Duration, Age, JobId)>,
     pub(crate) loads: BTreeMap<LoadKey, Load>,
+    pub(crate) learned: Learned,
     came: Age,
     ends: VecDeque<Duration>,
     ticked: Option<Duration>,
@@ -108,6 +110,7 @@ impl Scheduler {
             seated: HashMap::new(),
             deadlines: BTreeSet::new(),
             loads: BTreeMap::new(),
+            learned: Learned::default(),
             came: 0,
             ends: VecDeque::new(),
             ticked: None,
@@ -247,9 +250,8 @@ impl Scheduler {
     }
 
     fn worker_gone(&mut self, worker: &WorkerId, gone: Gone, back: Back, out: &mut Vec<Effect>) {
-        if self.registry.worker(worker).is_none() {
-            return;
-        }
+        let Some(known) = self.registry.worker(worker) else { return };
+        self.learned.note(known);
         self.registry.remove(worker, back);
         out.push(Effect::Forget { worker: worker.clone() });
         self.orphan(worker, gone, out);

@@ -778,6 +778,31 @@ fn fastest_counts_rates_and_its_own_dispatches_and_waits_for_a_much_faster_one()
 }
 
 #[test]
+fn fastest_loads_a_model_where_it_was_done_soonest_before_and_tries_every_device_first() {
+    let with = |policy| Config { policy, ..config(100) };
+    // On the GPU it loads in ten seconds, on the CPU in one.
+    let before = "t=0.0 beat g starting one 0/1 at=cuda:0 keep=1
+         t=10.0 beat g ready one 0/1 at=cuda:0 keep=1 decode=100 prefill=1000
+         t=10.1 beat g stopped one 0/1 at=cuda:0 keep=1 decode=100 prefill=1000 -> forget g
+         t=20.0 beat c starting one 0/1 at=cpu keep=1
+         t=21.0 beat c ready one 0/1 at=cpu keep=1 decode=10 prefill=100
+         t=21.1 beat c stopped one 0/1 at=cpu keep=1 decode=10 prefill=100 -> forget c
+         ";
+    let ask = |answer: u32, device: &str| {
+        format!(
+            "t=30.0 submit a one prompt=1 answer={answer} -> plan /one, loading a
+             t=30.0 planned one cuda:0=20/10 cpu=20/10 -> load /one h1/{device} 300s"
+        )
+    };
+    check_with(with(Policy::Fastest), &format!("{before}{}", ask(20, "cpu")));
+    check_with(with(Policy::Fastest), &format!("{before}{}", ask(200, "cuda:0")));
+    check_with(with(Policy::LeastLoaded), &format!("{before}{}", ask(20, "cuda:0")));
+    // Who was on the CPU alone does not keep others from the GPU.
+    let cpu = before.lines().skip(3).collect::<Vec<_>>().join("\n");
+    check_with(with(Policy::Fastest), &format!("{cpu}\n{}", ask(20, "cuda:0")));
+}
+
+#[test]
 fn those_far_behind_are_told_their_place_among_all_owners() {
     let mut script = Script { scheduler: Scheduler::new(config(100)), seq: 0 };
     let now = Duration::ZERO;
