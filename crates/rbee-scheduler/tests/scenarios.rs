@@ -612,16 +612,6 @@ fn a_worker_that_nobody_waits_for_any_more_takes_jobs_again() {
          t=5.7 submit c one -> plan /one, loading c
          t=5.8 cancel b -> dispatch c w1",
     );
-    check(
-        "t=0.0 beat w1 ready one 0/2 keep=300
-         t=5.5 beat w1 ready one 0/2 keep=300
-         t=5.5 submit a one -> dispatch a w1
-         t=5.6 submit b two -> plan /two, loading b
-         t=5.6 planned two cpu=0/10:w1=12
-         t=6.6 beat w1 busy one 1/2 keep=300 -> plan /two
-         t=6.6 unplannable two MODEL_NOT_FOUND -> reject b MODEL_NOT_FOUND
-         t=6.7 submit c one -> dispatch c w1",
-    );
 }
 
 #[test]
