@@ -56,6 +56,7 @@ impl Operations {
     pub async fn run(self, job: Arc<Job>) {
         let row = job.request.operation().row();
         let stop = job.next_stop();
+        // Who cancelled it before had no hold on this attempt.
         if job.log.is_over() {
             return;
         }

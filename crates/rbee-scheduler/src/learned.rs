@@ -43,7 +43,7 @@ impl Learned {
     /// Seconds until a job would have its last token if its model were loaded there now; `None` where it never was.
     pub(crate) fn seconds(&self, model: &ModelRef, site: &Site, work: Work) -> Option<f64> {
         let rates = self.0.get(&(model.clone(), site.hive.clone(), site.device.clone()))?;
-        Some(rates.load.as_secs_f64() + work.prompt as f64 / rates.prefill + work.answer as f64 / rates.decode)
+        Some(rates.load.as_secs_f64() + work.seconds(rates.prefill, rates.decode))
     }
 
     /// Orders those sites that a model was on by the seconds that it would take there. All others keep their places in the

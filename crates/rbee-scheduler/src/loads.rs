@@ -162,8 +162,9 @@ impl Scheduler {
     /// Decides what becomes of a load, now that the devices are known.
     fn settle(&mut self, key: &LoadKey, mut sites: Vec<Site>, now: Duration, out: &mut Vec<Effect>) {
         let Some(load) = self.loads.get(key) else { return };
+        let fastest = self.config.policy == Policy::Fastest;
         let work = self.oldest(key).map_or(Work::default(), |job| job.want.work);
-        if self.config.policy == Policy::Fastest {
+        if fastest {
             self.learned.order(&key.model, work, &mut sites);
         }
         let (since, first) = (load.since, !matches!(load.phase, Phase::Waiting { .. }));
@@ -183,9 +184,8 @@ impl Scheduler {
                 let (hive, device) = at(index);
                 let keep_alive = self.keep_of(key);
                 let (free, needs) = (sites[index].free >> 20, sites[index].needs.unwrap_or(0) >> 20);
-                let known = self.learned.seconds(&key.model, &sites[index], work);
-                let soon = known.filter(|_| self.config.policy == Policy::Fastest);
-                let soon = soon.map_or_else(String::new, |seconds| {
+                let known = self.learned.seconds(&key.model, &sites[index], work).filter(|_| fastest);
+                let soon = known.map_or_else(String::new, |seconds| {
                     format!(", and it will have answered in about {seconds:.1} s, load and all")
                 });
                 let why = format!(
@@ -400,9 +400,9 @@ impl Scheduler {
         }
     }
 
-    /// A worker's heartbeat may be what a load was for.
-    pub(crate) fn shown(&mut self, worker: &Worker) {
-        if worker.is_up() {
+    /// The heartbeat of a worker that serves may be what a load was for.
+    pub(crate) fn shown(&mut self, worker: &WorkerId) {
+        if let Some(worker) = self.registry.worker(worker) {
             self.loads.retain(|key, load| !(matches!(load.phase, Phase::Loaded(_)) && suits(worker, key)));
         }
     }

@@ -56,6 +56,13 @@ pub struct Work {
     pub answer: u64,
 }
 
+impl Work {
+    /// Seconds that it takes alone, at so many tokens a second.
+    pub(crate) fn seconds(self, prefill: f64, decode: f64) -> f64 {
+        self.prompt as f64 / prefill + self.answer as f64 / decode
+    }
+}
+
 impl Default for Work {
     fn default() -> Self {
         Self { prompt: 100, answer: 200 }
@@ -83,7 +90,7 @@ pub fn seconds(worker: &Worker, work: Work) -> f64 {
     let slots = worker.slots();
     let total = slots.total.max(1) as f64;
     let share = 1.0 + (slots.used as f64 / total).min(1.0);
-    let own = work.prompt as f64 / prefill + work.answer as f64 * share / decode;
+    let own = work.seconds(prefill, decode / share);
     let before = (slots.used as f64 + worker.beat.queue as f64 + 1.0 - total).max(0.0);
     own + before * own / 2.0 / total.max(1.0)
 }

@@ -240,11 +240,10 @@ impl Scheduler {
             Beat::Stopped => self.worker_gone(&id, Gone::Lost, Back::Never, out),
         }
         let Some(worker) = self.registry.worker(&id) else { return };
-        let (model, state, load) = (worker.beat.model.clone(), worker.beat.state, worker.beat.load.clone());
         if worker.is_up() {
-            let worker = worker.clone();
-            self.shown(&worker);
-        } else if let (WorkerState::Starting, Some(progress)) = (state, load) {
+            self.shown(&id);
+        } else if let (WorkerState::Starting, Some(progress)) = (worker.beat.state, worker.beat.load.clone()) {
+            let model = worker.beat.model.clone();
             self.load_moved(&model, &progress, out);
         }
     }

@@ -601,32 +601,30 @@ fn a_model_that_has_just_come_stays_for_the_residency_and_one_that_is_used_until
     );
 }
 
-#[test]
-fn a_worker_that_nobody_waits_for_any_more_takes_jobs_again() {
-    check(
-        "t=0.0 beat w1 ready one 0/2 keep=300
+/// A worker with a job takes no more of them, as its memory is wanted for another model.
+const CLOSED: &str = "t=0.0 beat w1 ready one 0/2 keep=300
          t=5.5 beat w1 ready one 0/2 keep=300
          t=5.5 submit a one -> dispatch a w1
          t=5.6 submit b two -> plan /two, loading b
          t=5.6 planned two cpu=0/10:w1=12
-         t=5.7 submit c one -> plan /one, loading c
-         t=5.8 cancel b -> dispatch c w1",
-    );
+         ";
+
+#[test]
+fn a_worker_that_nobody_waits_for_any_more_takes_jobs_again() {
+    check(&format!(
+        "{CLOSED}t=5.7 submit c one -> plan /one, loading c
+         t=5.8 cancel b -> dispatch c w1"
+    ));
 }
 
 #[test]
 fn a_worker_takes_jobs_again_when_the_load_that_wanted_its_memory_fails() {
-    check(
-        "t=0.0 beat w1 ready one 0/2 keep=300
-         t=5.5 beat w1 ready one 0/2 keep=300
-         t=5.5 submit a one -> dispatch a w1
-         t=5.6 submit b two -> plan /two, loading b
-         t=5.6 planned two cpu=0/10:w1=12
-         t=6.6 tick -> plan /two
+    check(&format!(
+        "{CLOSED}t=6.6 tick -> plan /two
          t=6.6 unplannable two MODEL_CORRUPT -> reject b MODEL_CORRUPT
          t=6.7 beat w1 busy one 1/2 keep=300
-         t=6.7 submit c one -> dispatch c w1",
-    );
+         t=6.7 submit c one -> dispatch c w1"
+    ));
 }
 
 #[test]

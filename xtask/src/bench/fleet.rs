@@ -95,9 +95,7 @@ pub(super) fn run(plan: &Plan) -> Result<()> {
     let kinds: [(&str, Step); 6] = [
         ("submit", |fleet, _| {
             let took = fleet.submit()?;
-            let effects = fleet.effects;
-            fleet.cancel_last()?;
-            fleet.effects = effects;
+            fleet.unmeasured(Fleet::cancel_last)?;
             Ok(took)
         }),
         ("cancel of a job that waits", |fleet, _| {
@@ -106,9 +104,7 @@ pub(super) fn run(plan: &Plan) -> Result<()> {
         }),
         ("end of a job, dispatch of the next", |fleet, _| {
             let took = fleet.end_one()?;
-            let effects = fleet.effects;
-            fleet.submit()?;
-            fleet.effects = effects;
+            fleet.unmeasured(Fleet::submit)?;
             Ok(took)
         }),
         ("worker's heartbeat", Fleet::worker_beat),
@@ -205,6 +201,14 @@ impl Fleet {
             }
         }
         Ok((took, effects))
+    }
+
+    /// What puts things back as they were, whose effects do not count.
+    fn unmeasured(&mut self, event: impl FnOnce(&mut Self) -> Result<Duration>) -> Result<()> {
+        let effects = self.effects;
+        event(self)?;
+        self.effects = effects;
+        Ok(())
     }
 
     fn submit(&mut self) -> Result<Duration> {
