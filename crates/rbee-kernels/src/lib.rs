@@ -6,6 +6,7 @@
 
 pub mod attention;
 pub mod candle;
+pub mod ggml;
 pub mod kv_form;
 pub mod matmul;
 pub mod ops;
@@ -17,8 +18,9 @@ pub mod simd;
 #[cfg(test)]
 mod testing;
 
+pub use ggml::Blocks;
 pub use matmul::matmul;
-pub use packed::{NotFinite, Packed, WeightType};
+pub use packed::{Kept, NotFinite, Packed, WeightType};
 pub use pool::Pool;
 pub use quantized::Quantization;
 pub use simd::Isa;

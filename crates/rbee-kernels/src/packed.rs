@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::{bf16, f16};
 
+use crate::ggml::{self, Blocks};
 use crate::pool::{Pool, SharedOut};
 use crate::quantized::{self, Q4K, Q8, Quantization};
 use crate::simd::{Element, LANES, Lanes};
@@ -29,14 +30,66 @@ pub enum WeightType {
     F16,
     /// 2 bytes each, upper half of an f32.
     Bf16,
+    /// Blocks of few bits, as ggml makes them.
+    Blocks(Blocks),
 }
 
 impl WeightType {
-    /// Bytes of one weight.
-    pub fn size(self) -> usize {
+    /// Bytes of a row of `k` weights, which is whole blocks.
+    pub fn row(self, k: usize) -> usize {
         match self {
-            Self::F32 => 4,
-            Self::F16 | Self::Bf16 => 2,
+            Self::F32 => 4 * k,
+            Self::F16 | Self::Bf16 => 2 * k,
+            Self::Blocks(blocks) => k / blocks.len() * blocks.bytes(),
+        }
+    }
+
+    /// What weights of this type are kept in.
+    pub fn kept(self) -> Kept {
+        match self {
+            Self::F32 => Kept::F32,
+            Self::F16 => Kept::F16,
+            Self::Bf16 => Kept::Bf16,
+            Self::Blocks(blocks) => blocks.form().map_or(Kept::F16, Kept::Quantized),
+        }
+    }
+}
+
+/// What a packed matrix is kept in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// As f32.
+    F32,
+    /// As IEEE half.
+    F16,
+    /// As the upper half of an f32.
+    Bf16,
+    /// With few bits.
+    Quantized(Quantization),
+}
+
+impl Kept {
+    /// What matrices of these types, one below the other, are kept in: what each is kept in alone, if that is one; else all
+    /// are f16 where all were blocks, whose values have fewer bits than that, and f32 where not.
+    pub fn of(mut kinds: impl Iterator<Item = WeightType> + Clone) -> Self {
+        let Some(first) = kinds.clone().next() else { return Self::F32 };
+        let blocks = kinds.clone().all(|kind| matches!(kind, WeightType::Blocks(_)));
+        match first.kept() {
+            kept if kinds.all(|kind| kind.kept() == kept) => kept,
+            _ if blocks => Self::F16,
+            _ => Self::F32,
+        }
+    }
+
+    /// Bytes of a packed matrix of `n` by `k`.
+    pub fn bytes(self, n: u64, k: u64) -> u64 {
+        let plain = |size: u64| n.next_multiple_of(PANEL as u64) * k * size;
+        match self {
+            Self::F32 => plain(4),
+            Self::F16 | Self::Bf16 => plain(2),
+            Self::Quantized(form) => {
+                n.div_ceil(PANEL as u64) * (k / form.block() as u64) * form.panel(form.block()) as u64
+            }
         }
     }
 }
@@ -123,6 +176,7 @@ pub fn widen(kind: WeightType, bytes: &[u8]) -> Result<Vec<f32>, NotFinite> {
         WeightType::F32 => all(bytes, f32::from_le_bytes),
         WeightType::F16 => all(bytes, |bytes| f16::from_le_bytes(bytes).to_f32()),
         WeightType::Bf16 => all(bytes, |bytes| bf16::from_le_bytes(bytes).to_f32()),
+        WeightType::Blocks(blocks) => return ggml::widen(blocks, bytes),
     };
     if values.iter().all(|value| value.is_finite()) { Ok(values) } else { Err(NotFinite) }
 }
@@ -148,35 +202,52 @@ fn pack<T: Element, const SIZE: usize>(
     if sound { Ok(data) } else { Err(NotFinite) }
 }
 
+/// Packs matrices of `k` inputs of any types, row by row by way of f32.
+fn pack_wide<T: Element>(
+    parts: &[(WeightType, &[u8])],
+    n: usize,
+    k: usize,
+    narrow: impl Fn(f32) -> T,
+) -> Result<Vec<T>, NotFinite> {
+    let mut data = vec![T::default(); n.div_ceil(PANEL) * k * PANEL];
+    let rows = parts.iter().flat_map(|(kind, bytes)| bytes.chunks_exact(kind.row(k)).map(|row| (*kind, row)));
+    for (row, (kind, bytes)) in rows.enumerate() {
+        let base = (row / PANEL) * k * PANEL + row % PANEL;
+        for (to, value) in data[base..].iter_mut().step_by(PANEL).zip(widen(kind, bytes)?) {
+            *to = narrow(value);
+            if !to.widen().is_finite() {
+                return Err(NotFinite);
+            }
+        }
+    }
+    Ok(data)
+}
+
 impl Packed {
-    /// Packs row-major matrices `[*, k]` of little-endian bytes, one below the other. They keep their type if they share
-    /// one; else all become f32.
+    /// Packs row-major matrices `[*, k]` of little-endian bytes, one below the other, in what [`Kept::of`] says.
     ///
     /// # Errors
-    /// When a weight is infinite or not a number.
+    /// When a weight is infinite or not a number, in the type it is kept in.
     ///
     /// # Panics
     /// When a matrix does not have whole rows, or there are none.
     pub fn new(parts: &[(WeightType, &[u8])], k: usize) -> Result<Self, NotFinite> {
         let mut n = 0;
         for (kind, bytes) in parts {
-            let row = k * kind.size();
+            let row = kind.row(k);
             assert!(row > 0 && bytes.len().is_multiple_of(row), "{} bytes are not rows of {k} {kind:?}", bytes.len());
             n += bytes.len() / row;
         }
         assert!(n > 0, "a matrix without rows");
-        let kind = parts[0].0;
-        let data = match kind {
-            _ if parts.iter().any(|(other, _)| *other != kind) => {
-                let mut wide = Vec::new();
-                for (kind, bytes) in parts {
-                    wide.extend(widen(*kind, bytes)?.into_iter().flat_map(f32::to_le_bytes));
-                }
-                return Self::new(&[(WeightType::F32, &wide)], k);
-            }
-            WeightType::F32 => Data::F32(pack(parts, n, k, f32::from_le_bytes, f32::is_finite)?),
-            WeightType::F16 => Data::F16(pack(parts, n, k, f16::from_le_bytes, f16::is_finite)?),
-            WeightType::Bf16 => Data::Bf16(pack(parts, n, k, bf16::from_le_bytes, bf16::is_finite)?),
+        let one = parts[0].0;
+        let same = parts.iter().all(|(kind, _)| *kind == one);
+        let data = match (Kept::of(parts.iter().map(|(kind, _)| *kind)), one) {
+            (Kept::Quantized(form), _) => return Self::quantized(&mut Pool::new(1), form, parts, k),
+            (_, WeightType::F32) if same => Data::F32(pack(parts, n, k, f32::from_le_bytes, f32::is_finite)?),
+            (_, WeightType::F16) if same => Data::F16(pack(parts, n, k, f16::from_le_bytes, f16::is_finite)?),
+            (_, WeightType::Bf16) if same => Data::Bf16(pack(parts, n, k, bf16::from_le_bytes, bf16::is_finite)?),
+            (Kept::F16, _) => Data::F16(pack_wide(parts, n, k, f16::from_f32)?),
+            (Kept::F32 | Kept::Bf16, _) => Data::F32(pack_wide(parts, n, k, |value| value)?),
         };
         Ok(Self { n, k, data })
     }
@@ -198,7 +269,7 @@ impl Packed {
         let rows: Vec<(WeightType, &[u8])> = parts
             .iter()
             .flat_map(|(kind, bytes)| {
-                let row = k * kind.size();
+                let row = kind.row(k);
                 assert!(bytes.len().is_multiple_of(row), "{} bytes are not rows of {k} {kind:?}", bytes.len());
                 bytes.chunks_exact(row).map(|bytes| (*kind, bytes))
             })
@@ -228,17 +299,6 @@ impl Packed {
     /// Inputs.
     pub fn k(&self) -> usize {
         self.k
-    }
-
-    /// Bytes of a packed matrix of `n` by `k`.
-    pub fn bytes(kind: WeightType, n: u64, k: u64) -> u64 {
-        n.next_multiple_of(PANEL as u64) * k * kind.size() as u64
-    }
-
-    /// Bytes of a quantized matrix of `n` by `k`.
-    pub fn quantized_bytes(quantization: Quantization, n: u64, k: u64) -> u64 {
-        let block = quantization.block();
-        n.div_ceil(PANEL as u64) * (k / block as u64) * quantization.panel(block) as u64
     }
 
     /// Bytes that these weights have in memory.

@@ -6,14 +6,17 @@
 //! - Q4_K, 256 inputs in eight runs of 32: `d * scale * q - dmin * min`, f16 times 6 bits times 4 bits, less f16 times 6
 //!   bits.
 //!
-//! Both products are exact in f32 and the difference rounds once, so there is one answer. Blocks are made by candle.
+//! Both products are exact in f32 and the difference rounds once, so there is one answer. Blocks are made by candle, or are a file's own.
 
 #![expect(unsafe_code, reason = "SIMD loads from raw pointers")]
+
+use std::borrow::Cow;
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use half::f16;
 
+use crate::ggml;
 use crate::packed::{NotFinite, PANEL, Stored, WeightType, widen};
 use crate::simd::{LANES, Lanes};
 
@@ -74,9 +77,15 @@ impl Quantization {
 /// When a weight is infinite or not a number, or a block's scale does not fit an f16.
 pub(crate) fn pack(form: Quantization, rows: &[(WeightType, &[u8])], out: &mut [u8]) -> Result<(), NotFinite> {
     for (column, (kind, bytes)) in rows.iter().enumerate() {
-        let values = widen(*kind, bytes)?;
-        // A row that candle cannot quantize is none of ours: whole blocks of finite numbers always can be.
-        let blocks = ggml(form, values).map_err(|_| NotFinite)?;
+        let same = match kind {
+            WeightType::Blocks(blocks) => ggml::same(*blocks, form, bytes),
+            _ => None,
+        };
+        let blocks = match same {
+            Some(blocks) => blocks,
+            // A row that candle cannot quantize is none of ours: whole blocks of finite numbers always can be.
+            None => Cow::Owned(made(form, widen(*kind, bytes)?).map_err(|_| NotFinite)?),
+        };
         match form {
             Quantization::Q8_0 => put_q8(&blocks, column, out)?,
             Quantization::Q4K => put_q4(&blocks, column, out)?,
@@ -86,7 +95,7 @@ pub(crate) fn pack(form: Quantization, rows: &[(WeightType, &[u8])], out: &mut [
 }
 
 /// ggml's blocks of one row.
-fn ggml(form: Quantization, values: Vec<f32>) -> candle_core::Result<Vec<u8>> {
+fn made(form: Quantization, values: Vec<f32>) -> candle_core::Result<Vec<u8>> {
     let kind = match form {
         Quantization::Q8_0 => GgmlDType::Q8_0,
         Quantization::Q4K => GgmlDType::Q4K,
@@ -239,7 +248,7 @@ impl Stored for Q4K<'_> {
 mod tests {
     use super::*;
     use crate::matmul;
-    use crate::packed::Packed;
+    use crate::packed::{Kept, Packed};
     use crate::pool::Pool;
     use crate::simd::Isa;
     use crate::testing::{bytes, values};
@@ -273,7 +282,7 @@ mod tests {
                 let parts = [bytes(WeightType::F32, &weights[..split]), bytes(WeightType::F32, &weights[split..])];
                 let parts = [(WeightType::F32, &parts[0][..]), (WeightType::F32, &parts[1][..])];
                 let packed = Packed::quantized(&mut Pool::new(3), form, &parts, k).unwrap();
-                assert_eq!(packed.held(), Packed::quantized_bytes(form, n as u64, k as u64));
+                assert_eq!(packed.held(), Kept::Quantized(form).bytes(n as u64, k as u64));
                 for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
                     for rows in [1, m] {
                         let mut got = vec![0.0; rows * n];

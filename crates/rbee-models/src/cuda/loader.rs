@@ -176,9 +176,9 @@ impl Opened {
                 gpu.write_bytes(buffer, at + first * width, bytes)?;
             } else {
                 let mut part = vec![bf16::ZERO; rows.len(*outputs) * width];
-                for (row, bytes) in bytes.chunks_exact(inputs * kind.size()).enumerate() {
+                for (row, bytes) in bytes.chunks_exact(kind.row(inputs)).enumerate() {
                     let to = &mut part[rows.at(row) * width..][..width];
-                    for (i, bytes) in bytes.chunks_exact(kind.size()).enumerate() {
+                    for (i, bytes) in bytes.chunks_exact(kind.row(1)).enumerate() {
                         to[columns.at(i)] = value(kind, bytes);
                     }
                 }
