@@ -20,6 +20,7 @@ mod config;
 mod count;
 mod detokenize;
 mod error;
+pub mod gguf;
 mod guard;
 mod pieces;
 mod stop;

@@ -5,6 +5,7 @@
 mod chat;
 mod families;
 mod fixtures;
+mod gguf;
 mod hostile;
 mod streams;
 mod templates;
