@@ -60,6 +60,9 @@ const ENDS_OF_TURN: [&str; 16] = [
     "<\u{ff5c}end\u{2581}of\u{2581}sentence\u{ff5c}>",
 ];
 
+/// Tokens of Phi 3 that leave the space behind them alone.
+const KEEP_SPACE_IN_PHI3: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
+
 /// The `tokenizer.ggml.*` metadata of a GGUF file, as it stands there.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Vocabulary<'a> {
@@ -87,6 +90,8 @@ pub struct Vocabulary<'a> {
     pub add_eos: Option<bool>,
     /// `add_space_prefix`: whether a text begins with a space that is not in it.
     pub add_space_prefix: Option<bool>,
+    /// `general.name`: that of a Phi 3 says what no other key does, that its control tokens take the space behind them.
+    pub name: Option<&'a str>,
 }
 
 /// The `tokenizer.json` that says the same.
@@ -182,6 +187,11 @@ impl<'v> Checked<'v> {
             kinds[id as usize] = Kind::Control;
         }
         let ids = ids(&source.tokens, &mut kinds)?;
+        for end in ENDS_OF_TURN {
+            if let Some(&id) = ids.get(end) {
+                kinds[id as usize] = Kind::Control;
+            }
+        }
         for (key, id) in [(BOS, bos), (EOS, eos), (UNKNOWN, unknown)] {
             if let Some(id) = id
                 && kinds[id as usize] == Kind::Nameless
@@ -204,12 +214,14 @@ impl<'v> Checked<'v> {
 
     /// The tokens that are looked for in a text before anything else.
     fn added(&self) -> Vec<Added<'v>> {
+        let name = self.source.name.unwrap_or_default().to_ascii_lowercase();
+        let phi3 = name.contains("phi-3") || name.contains("phi3");
         let added = |id, content, special| Added {
             id,
             content,
             single_word: false,
             lstrip: false,
-            rstrip: false,
+            rstrip: phi3 && !KEEP_SPACE_IN_PHI3.contains(&content),
             normalized: false,
             special,
         };
@@ -279,18 +291,14 @@ fn kinds(source: &Vocabulary) -> Result<Vec<Kind>, Error> {
         if text.is_empty() {
             return Ok(Kind::Nameless);
         }
-        let kind = match declared.map_or(1, |kinds| kinds[id]) {
+        match declared.map_or(1, |kinds| kinds[id]) {
             // An unused token is a token: a file may call it so and still have merges for it.
-            0 | 1 | 5 => Kind::Normal,
-            2 => Kind::Unknown,
-            3 => Kind::Control,
-            4 => Kind::UserDefined,
-            6 => Kind::Byte,
-            other => return Err(corrupt(KINDS, format!("token {id} is of kind {other}"))),
-        };
-        match kind {
-            Kind::Normal | Kind::UserDefined if ENDS_OF_TURN.contains(text) => Ok(Kind::Control),
-            kind => Ok(kind),
+            0 | 1 | 5 => Ok(Kind::Normal),
+            2 => Ok(Kind::Unknown),
+            3 => Ok(Kind::Control),
+            4 => Ok(Kind::UserDefined),
+            6 => Ok(Kind::Byte),
+            other => Err(corrupt(KINDS, format!("token {id} is of kind {other}"))),
         }
     };
     source.tokens.iter().enumerate().map(kind).collect()
