@@ -479,5 +479,5 @@ fn merges_of_a_quarter_million_pieces_are_found_soon() {
     let (tokenizer, load) = timed(|| Tokenizer::from_json(&file).unwrap());
     println!("{count} pieces, {} bytes of JSON: made in {took:?}, loaded in {load:?}", file.len());
     assert_eq!(tokenizer.vocab_size(), count);
-    assert!(took.as_secs() < 5, "{took:?}");
+    assert!(took.as_secs() < 10, "{took:?}");
 }
