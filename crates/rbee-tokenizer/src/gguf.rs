@@ -28,6 +28,8 @@ const MAX_MERGES: usize = 1 << 22;
 const MAX_TEXT: usize = crate::MAX_TOKENIZER_BYTES;
 /// Cap of a token that is cut at every place, in bytes: bounds that work. SentencePiece's own are below 100.
 const MAX_PIECE: usize = 256;
+/// Spaces of a merge at which it may be cut; byte-level BPE writes a space as another letter, so that one is the rule.
+const MAX_SPACES: usize = 16;
 /// Stands for a space in the pieces of SentencePiece.
 const MARK: &str = "\u{2581}";
 
@@ -369,7 +371,7 @@ fn listed_merges<'v>(ids: &HashMap<&str, TokenId>, merges: &[&'v str]) -> Result
     let mut joined = String::new();
     let mut halves = |merge: &'v str| {
         // A token may have a space in it: the one that counts has tokens on both sides.
-        for (at, _) in merge.match_indices(' ').take(MAX_PIECE) {
+        for (at, _) in merge.match_indices(' ').take(MAX_SPACES) {
             let (left, right) = (&merge[..at], &merge[at + 1..]);
             if ids.contains_key(left) && ids.contains_key(right) {
                 joined.clear();
@@ -443,7 +445,7 @@ fn has_bytes(checked: &Checked) -> Result<bool, Error> {
 ///
 /// SentencePiece's BPE joins the two neighbours whose piece has the highest score, and of equal ones the leftmost. As a
 /// list of merges it is the same but for pieces of one score that overlap in a text; of the ways to make one piece the
-/// list has the longest left part first, which is what joining from the left gives (`generate_merges` of transformers).
+/// longest left part is first, as in transformers (`generate_merges`).
 fn scored_merges<'v>(checked: &Checked<'v>, scores: &[f32]) -> Result<Vec<(&'v str, &'v str)>, Error> {
     if let Some(id) = scores.iter().position(|score| !score.is_finite()) {
         return Err(corrupt(SCORES, format!("that of token {id} is not a number")));

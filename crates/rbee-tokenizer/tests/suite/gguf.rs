@@ -371,8 +371,9 @@ proptest! {
         text in "(a|b| |<s>|\\PC){0,12}",
     ) {
         let mut metadata = Metadata {
-            model: model.to_owned(), pre: pre.map(str::to_owned), tokens, scores, kinds, merges, bos: ids[0], eos: ids[1],
-            unknown: ids[2], add_bos: flags[0], add_eos: flags[1], add_space_prefix: flags[2], name: None,
+            model: model.to_owned(), pre: pre.map(str::to_owned), tokens, scores, kinds, merges,
+            bos: ids[0], eos: ids[1], unknown: ids[2],
+            add_bos: flags[0], add_eos: flags[1], add_space_prefix: flags[2], name: None,
         };
         if fitted {
             let count = metadata.tokens.len();
