@@ -2,6 +2,7 @@
 
 mod model;
 mod sim;
+mod vocabulary;
 
 use rbee_engine::{
     Engine, EngineConfig, EngineHandle, Goal, ModelRunner, OutputText, Request, Sampling, StepCounter, TokenId,

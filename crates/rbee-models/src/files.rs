@@ -23,6 +23,13 @@ const O_NONBLOCK: i32 = 0o4000;
 pub enum ModelFiles {
     /// A folder.
     Folder(PathBuf),
+    /// A GGUF file, or all that one was split into, in order.
+    Gguf {
+        /// Where they lie.
+        folder: PathBuf,
+        /// Their names; at least one.
+        names: Vec<String>,
+    },
     /// Files inside the program, by name.
     Builtin(&'static [(&'static str, &'static [u8])]),
 }
@@ -58,12 +65,39 @@ impl ModelFiles {
         }
     }
 
+    /// The GGUF file at this path, with those beside it that it was split into.
+    ///
+    /// # Errors
+    /// [`Error::NotFound`] when there is none, [`Error::Refused`] when its name is not text.
+    pub fn gguf(path: &Path) -> Result<Self, Error> {
+        let missing = || Error::NotFound(path.to_owned());
+        // In the hub's cache the name is a link's, and those of the other parts are beside it.
+        let parent = path.parent().and_then(|parent| parent.canonicalize().ok()).ok_or_else(missing)?;
+        let real = path.canonicalize().map_err(|_| missing())?;
+        let (folder, name) = match blobs_of(&parent) {
+            Some(_) => (parent, path.file_name()),
+            None => (real.parent().ok_or_else(missing)?.to_owned(), real.file_name()),
+        };
+        let name = name.and_then(|name| name.to_str());
+        let name = name.ok_or(Error::Refused { path: path.to_owned(), problem: "its name is not text" })?;
+        Ok(Self::Gguf { folder, names: parts(name) })
+    }
+
     /// Bytes of the files that are read whole, and of those that are mapped.
     ///
     /// # Errors
     /// [`Error::Read`].
     pub fn sizes(&self) -> Result<(u64, u64), Error> {
-        let Self::Folder(folder) = self else { return Ok((0, 0)) };
+        let folder = match self {
+            Self::Builtin(_) => return Ok((0, 0)),
+            Self::Gguf { folder, names } => {
+                let sizes = names.iter().filter_map(|name| Some(folder.join(name).metadata().ok()?.len()));
+                let all = sizes.fold(0u64, u64::saturating_add);
+                // A header with its vocabulary is read whole.
+                return Ok((all.min(MAX_SMALL), all));
+            }
+            Self::Folder(folder) => folder,
+        };
         let failed = |source| Error::Read { path: folder.clone(), source };
         let (mut whole, mut mapped) = (0u64, 0u64);
         for entry in std::fs::read_dir(folder).map_err(failed)? {
@@ -88,6 +122,7 @@ impl ModelFiles {
             Self::Builtin(files) => {
                 Ok(files.iter().find(|(file, _)| *file == name).map(|(_, bytes)| Cow::Borrowed(*bytes)))
             }
+            Self::Gguf { .. } => Ok(None),
             Self::Folder(folder) => {
                 let Some((path, file)) = open(folder, name)? else { return Ok(None) };
                 let len = file.metadata().map_err(|source| Error::Read { path: path.clone(), source })?.len();
@@ -119,13 +154,28 @@ impl ModelFiles {
             Self::Builtin(files) => {
                 Ok(files.iter().find(|(file, _)| *file == name).map(|(_, bytes)| WeightBytes::Static(bytes)))
             }
-            Self::Folder(folder) => {
+            Self::Folder(folder) | Self::Gguf { folder, .. } => {
                 let Some((path, file)) = open(folder, name)? else { return Ok(None) };
                 let map = map(&file).map_err(|source| Error::Read { path, source })?;
                 Ok(Some(WeightBytes::Mapped(map)))
             }
         }
     }
+}
+
+/// Most files that a model is split into.
+const MAX_PARTS: usize = 1000;
+
+/// The names of all parts of a file: those that `model-00001-of-00003.gguf` counts up to, or itself alone.
+fn parts(name: &str) -> Vec<String> {
+    let count = || {
+        let (rest, all) = name.strip_suffix(".gguf")?.rsplit_once("-of-")?;
+        let (stem, no) = rest.rsplit_once('-')?;
+        let digits = |text: &str| text.len() == 5 && text.bytes().all(|byte| byte.is_ascii_digit());
+        let count: usize = all.parse().ok().filter(|count| (1..=MAX_PARTS).contains(count))?;
+        (digits(no) && digits(all)).then(|| (1..=count).map(|no| format!("{stem}-{no:05}-of-{all}.gguf")).collect())
+    };
+    count().unwrap_or_else(|| vec![name.to_owned()])
 }
 
 #[expect(unsafe_code, reason = "memory maps are unsafe by their nature")]

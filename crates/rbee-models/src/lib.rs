@@ -1,6 +1,6 @@
 //! Decoder models on candle behind the engine's [`ModelRunner`](rbee_engine::ModelRunner).
 //!
-//! [`files`] opens a model's folder and trusts nothing in it; [`arch`] says which tensors a model has; [`loader`] turns
+//! [`files`] opens a model's folder or GGUF file and trusts nothing in it; [`arch`] says which tensors a model has; [`loader`] turns
 //! checked bytes into packed weights; [`decoder`] and [`mlp`] are the one parametric decoder; [`runner`] drives it over paged KV. Start with [`load`].
 //! With feature `cuda` the same plans become a decoder on an NVIDIA GPU, in `cuda`.
 //!
@@ -10,6 +10,7 @@
 //! - K and V are rounded to the cache's type before anything reads them, also within the chunk that makes them.
 
 pub mod files;
+pub mod gguf;
 
 mod about;
 mod arch;
@@ -31,5 +32,6 @@ pub use kv::KvType;
 pub use loader::{Quantize, inspect};
 pub use rbee_weights::Error as FileError;
 pub use rbee_weights::config::GenerationDefaults;
+pub use rbee_weights::gguf::Gguf;
 pub use rbee_weights::needs::Needs;
 pub use runner::{CandleRunner, RunnerOptions, load};

@@ -1,5 +1,6 @@
 //! Checked bytes into packed weights, and what a model needs before any of it is read.
 
+use std::borrow::Cow;
 use std::collections::HashMap;
 use std::str::FromStr;
 use std::sync::Arc;
@@ -8,7 +9,7 @@ use rbee_kernels::attention::BLOCK;
 use rbee_kernels::candle::{Compute, GateMul, Linear, RmsNorm};
 use rbee_kernels::ops::Gate;
 use rbee_kernels::packed::widen;
-use rbee_kernels::{Packed, Quantization, WeightType};
+use rbee_kernels::{Kept, Packed, Quantization, WeightType};
 use rbee_weights::Error as FileError;
 use rbee_weights::config::{Activation, GenerationDefaults, Mlp, ModelConfig};
 use rbee_weights::needs::{Needs, Positions, needs};
@@ -19,6 +20,7 @@ use crate::arch::{GatedPlan, Matrix, MlpPlan, NormPlan, Plan, Role, is_spare};
 use crate::decoder::{Decoder, Layer};
 use crate::error::Error;
 use crate::files::{ModelFiles, WeightBytes};
+use crate::gguf;
 use crate::kv::{KvType, bytes_per_token};
 use crate::mlp::{Experts, Gated, MlpLayer};
 use crate::runner::RunnerOptions;
@@ -67,31 +69,73 @@ pub(crate) struct Opened {
     pub(crate) config: ModelConfig,
     pub(crate) generation: GenerationDefaults,
     pub(crate) plan: Plan,
-    files: Vec<(String, WeightBytes)>,
-    tensors: HashMap<String, Place>,
-    quantize: Option<Quantize>,
+    pub(crate) files: Vec<WeightFile>,
+    pub(crate) tensors: HashMap<String, Place>,
+    pub(crate) quantize: Option<Quantize>,
+}
+
+/// A file of weights.
+pub(crate) struct WeightFile {
+    pub(crate) name: String,
+    /// Bytes at its beginning that say what all the rest means.
+    pub(crate) header: usize,
+    pub(crate) bytes: WeightBytes,
 }
 
 /// Where a tensor is.
 #[derive(Clone, Copy)]
-struct Place {
-    file: usize,
-    start: usize,
-    len: usize,
-    kind: WeightType,
+pub(crate) struct Place {
+    pub(crate) file: usize,
+    pub(crate) start: usize,
+    pub(crate) len: usize,
+    pub(crate) kind: WeightType,
+    pub(crate) pairs: Option<Pairs>,
+}
+
+/// Rows that stand as neighbouring rotary pairs within each head: row `2i` of a head of `n` rows is our row `i`, and row
+/// `2i + 1` is our row `i + n / 2`.
+#[derive(Clone, Copy)]
+pub(crate) struct Pairs {
+    pub(crate) heads: usize,
+    /// Of all heads together.
+    pub(crate) rows: usize,
+}
+
+impl Pairs {
+    /// The bytes with the rows in our order.
+    fn sorted(self, bytes: &[u8]) -> Vec<u8> {
+        let (row, head) = (bytes.len() / self.rows, self.rows / self.heads);
+        let mut out = Vec::with_capacity(bytes.len());
+        for of_head in bytes.chunks_exact(head * row) {
+            for first in 0..2 {
+                of_head.chunks_exact(row).skip(first).step_by(2).for_each(|bytes| out.extend_from_slice(bytes));
+            }
+        }
+        out
+    }
 }
 
 /// Reads and checks everything but the weights themselves.
 pub(crate) fn open(files: &ModelFiles, quantize: Option<Quantize>) -> Result<Opened, Error> {
+    let opened = match files {
+        ModelFiles::Gguf { names, .. } => gguf::open(files, names, quantize)?,
+        ModelFiles::Folder(_) | ModelFiles::Builtin(_) => open_folder(files, quantize)?,
+    };
+    for (file, ids) in [("generation_config.json", &opened.generation.eos), ("its config", &opened.config.eos)] {
+        if let Some(id) = ids.iter().find(|id| **id as usize >= opened.config.vocab) {
+            let problem = format!("`eos_token_id` {id} is outside a vocabulary of {}", opened.config.vocab);
+            return Err(FileError::corrupt(file, problem).into());
+        }
+    }
+    Ok(opened)
+}
+
+fn open_folder(files: &ModelFiles, quantize: Option<Quantize>) -> Result<Opened, Error> {
     let config = ModelConfig::parse(&files.required("config.json")?)?;
     let generation = match files.small("generation_config.json")? {
         Some(bytes) => GenerationDefaults::parse(&bytes)?,
         None => GenerationDefaults::default(),
     };
-    if let Some(id) = generation.eos.iter().find(|id| **id as usize >= config.vocab) {
-        let problem = format!("`eos_token_id` {id} is outside a vocabulary of {}", config.vocab);
-        return Err(FileError::corrupt("generation_config.json", problem).into());
-    }
     let shards = files.small(Shards::FILE)?.map(|bytes| Shards::parse(&bytes)).transpose()?;
     let names = shards.as_ref().map_or_else(|| vec![SINGLE.to_owned()], |shards| shards.files.clone());
     let (mut files_read, mut indexes) = (Vec::new(), Vec::new());
@@ -101,7 +145,7 @@ pub(crate) fn open(files: &ModelFiles, quantize: Option<Quantize>) -> Result<Ope
         let len = header_len(&name, &bytes, file_len)?;
         let len = usize::try_from(len).map_err(|_| FileError::corrupt(&name, "its header is too long"))?;
         indexes.push(Index::parse(&name, &bytes[8..8 + len], file_len)?);
-        files_read.push((name, bytes));
+        files_read.push(WeightFile { name, header: 8 + len, bytes });
     }
     if let Some(shards) = &shards {
         shards.check(&indexes.iter().collect::<Vec<_>>())?;
@@ -115,7 +159,7 @@ pub(crate) fn open(files: &ModelFiles, quantize: Option<Quantize>) -> Result<Ope
 fn places(
     config: &ModelConfig,
     plan: &Plan,
-    files: &[(String, WeightBytes)],
+    files: &[WeightFile],
     indexes: Vec<Index>,
 ) -> Result<HashMap<String, Place>, FileError> {
     let mut there = HashMap::new();
@@ -125,9 +169,9 @@ fn places(
     let mut places = HashMap::new();
     for (name, shape) in plan.tensors() {
         let Some((file, info)) = there.remove(&name) else {
-            return Err(FileError::corrupt(&files[0].0, format!("tensor `{name}` is missing")));
+            return Err(FileError::corrupt(&files[0].name, format!("tensor `{name}` is missing")));
         };
-        let file_name = &files[file].0;
+        let file_name = &files[file].name;
         if info.shape != shape {
             let problem = format!("tensor `{name}` has shape {:?}, the config asks for {shape:?}", info.shape);
             return Err(FileError::corrupt(file_name, problem));
@@ -142,7 +186,7 @@ fn places(
             }
         };
         let address = |at: u64| usize::try_from(at).map_err(|_| FileError::corrupt(file_name, "it is too large"));
-        places.insert(name, Place { file, start: address(info.start)?, len: address(info.len)?, kind });
+        places.insert(name, Place { file, start: address(info.start)?, len: address(info.len)?, kind, pairs: None });
     }
     // A tensor without a use would have changed the result for whoever made it: a bias that the config denies, the norms of
     // another architecture.
@@ -151,7 +195,7 @@ fn places(
         None => Ok(places),
         Some((name, (file, _))) => {
             let problem = format!("tensor `{}` has no use in the architecture of config.json", name.escape_debug());
-            Err(FileError::unsupported(&files[*file].0, problem))
+            Err(FileError::unsupported(&files[*file].name, problem))
         }
     }
 }
@@ -183,10 +227,11 @@ impl Opened {
 
     /// The cache's type: as asked for, else f16 beside quantized weights, else that of the embedding.
     pub(crate) fn kv_type(&self, asked: Option<KvType>) -> KvType {
-        let own = self.quantize.map(|_| KvType::F16);
+        let blocks = self.tensors.values().any(|place| matches!(place.kind, WeightType::Blocks(_)));
+        let own = (blocks || self.quantize.is_some()).then_some(KvType::F16);
         asked.or(own).unwrap_or_else(|| match self.place(&self.plan.embedding.parts[0].0).kind {
             WeightType::F32 => KvType::F32,
-            WeightType::F16 => KvType::F16,
+            WeightType::F16 | WeightType::Blocks(_) => KvType::F16,
             WeightType::Bf16 => KvType::Bf16,
         })
     }
@@ -207,14 +252,7 @@ impl Opened {
 
     pub(crate) fn needs(&self, context: usize, blocks: usize, kv_type: KvType) -> Needs {
         let packed = self.plan.matrices().map(|matrix| {
-            let mut kinds = matrix.parts.iter().map(|(name, _)| self.place(name).kind);
-            let first = kinds.next().unwrap_or(WeightType::F32);
-            let kind = if kinds.all(|kind| kind == first) { first } else { WeightType::F32 };
-            let (n, k) = (matrix.outputs() as u64, matrix.inputs as u64);
-            match self.quantization(matrix) {
-                Some(form) => Packed::quantized_bytes(form, n, k),
-                None => Packed::bytes(kind, n, k),
-            }
+            self.kept(matrix).bytes(matrix.outputs() as u64, matrix.inputs as u64)
         });
         let positions = Positions { one: context.next_multiple_of(BLOCK) as u64, all: BLOCK as u64 * blocks as u64 };
         let kv = bytes_per_token(&self.config, kv_type);
@@ -226,14 +264,15 @@ impl Opened {
         *self.tensors.get(name).expect("all tensors of the plan were found when the files were opened")
     }
 
-    /// The bytes of a tensor of the plan, and their type.
-    pub(crate) fn tensor(&self, name: &str) -> (WeightType, &[u8]) {
+    /// The bytes of a tensor of the plan, its rows in our order, and their type.
+    pub(crate) fn tensor(&self, name: &str) -> (WeightType, Cow<'_, [u8]>) {
         let place = self.place(name);
-        (place.kind, &self.files[place.file].1[place.start..place.start + place.len])
+        let bytes = &self.files[place.file].bytes[place.start..place.start + place.len];
+        (place.kind, place.pairs.map_or(Cow::Borrowed(bytes), |pairs| Cow::Owned(pairs.sorted(bytes))))
     }
 
     pub(crate) fn not_finite(&self, name: &str) -> Error {
-        let file = &self.files[self.place(name).file].0;
+        let file = &self.files[self.place(name).file].name;
         FileError::corrupt(file, format!("tensor `{name}` holds values that are not numbers, or too large")).into()
     }
 
@@ -249,12 +288,21 @@ impl Opened {
         matrix.inputs.is_multiple_of(form.block()).then_some(form)
     }
 
+    /// What a matrix is kept in: with the fewer bits of what the files have and what is asked for.
+    fn kept(&self, matrix: &Matrix) -> Kept {
+        let own = Kept::of(matrix.parts.iter().map(|(name, _)| self.place(name).kind));
+        let bytes = |kept: &Kept| kept.bytes(matrix.outputs() as u64, matrix.inputs as u64);
+        let asked = self.quantization(matrix).map(Kept::Quantized).filter(|asked| bytes(asked) < bytes(&own));
+        asked.unwrap_or(own)
+    }
+
     /// A matrix, packed.
     fn packed(&self, matrix: &Matrix, compute: &Compute) -> Result<Packed, Error> {
         let parts: Vec<_> = matrix.parts.iter().map(|(name, _)| self.tensor(name)).collect();
-        let packed = match self.quantization(matrix) {
-            Some(form) => compute.quantized(form, &parts, matrix.inputs),
-            None => Packed::new(&parts, matrix.inputs),
+        let parts: Vec<_> = parts.iter().map(|(kind, bytes)| (*kind, &**bytes)).collect();
+        let packed = match self.kept(matrix) {
+            Kept::Quantized(form) => compute.quantized(form, &parts, matrix.inputs),
+            Kept::F32 | Kept::F16 | Kept::Bf16 => Packed::new(&parts, matrix.inputs),
         };
         packed.map_err(|_| self.not_finite(&matrix.parts[0].0))
     }
@@ -262,7 +310,7 @@ impl Opened {
     /// A vector as f32.
     pub(crate) fn vector(&self, name: &str) -> Result<Vec<f32>, Error> {
         let (kind, bytes) = self.tensor(name);
-        widen(kind, bytes).map_err(|_| self.not_finite(name))
+        widen(kind, &bytes).map_err(|_| self.not_finite(name))
     }
 
     /// The biases of a matrix, if it has some.
@@ -352,14 +400,14 @@ impl Opened {
 
     /// Bytes of all files of weights.
     pub(crate) fn bytes(&self) -> u64 {
-        self.files.iter().map(|(_, bytes)| bytes.len() as u64).sum()
+        self.files.iter().map(|file| file.bytes.len() as u64).sum()
     }
 
     /// Digest of the weights: name, length and content of each file. Of a large file 4 KiB in every 64 KiB: whatever
     /// changes a tensor as a whole, as training and merging do, changes some of it, and reading it is no second load.
     pub(crate) fn digest(&self) -> String {
         let mut hash = Sha256::new();
-        for (name, bytes) in &self.files {
+        for WeightFile { name, header, bytes } in &self.files {
             hash.update((name.len() as u64).to_le_bytes());
             hash.update(name.as_bytes());
             hash.update((bytes.len() as u64).to_le_bytes());
@@ -368,8 +416,7 @@ impl Opened {
                 continue;
             }
             // The header is not sampled: it says what all the rest means.
-            let header = bytes.first_chunk().map_or(0, |len| u64::from_le_bytes(*len));
-            hash.update(&bytes[..usize::try_from(header).map_or(bytes.len(), |len| (len + 8).min(bytes.len()))]);
+            hash.update(&bytes[..*header]);
             for stretch in bytes.chunks(STRIDE) {
                 hash.update(&stretch[..PAGE.min(stretch.len())]);
             }

@@ -19,6 +19,7 @@ use serde_json::{Value, json};
 
 use crate::args::Backend;
 
+use super::vocabulary::TextFiles;
 use super::{Answer, DEFAULT_SLOTS, Encoded, Facts, Parts, SamplingDefaults, TextSide};
 
 macro_rules! tinybee {
@@ -42,23 +43,25 @@ fn files(model: &ModelRef, path: Option<&str>) -> Result<ModelFiles, ErrorBody> 
             return Err(ErrorBody::new(ErrorCode::ModelNotFound, message));
         }
     };
-    if path.ends_with(".gguf") {
-        let message = format!("{path}: GGUF files are not read by this build");
-        return Err(ErrorBody::new(ErrorCode::NotImplemented, message));
-    }
-    ModelFiles::folder(Path::new(path)).map_err(|error| files_error(model, &error))
+    let path = Path::new(path);
+    let files = if is_gguf(path) { ModelFiles::gguf(path) } else { ModelFiles::folder(path) };
+    files.map_err(|error| files_error(model, &error))
+}
+
+fn is_gguf(path: &Path) -> bool {
+    path.extension().is_some_and(|kind| kind.eq_ignore_ascii_case("gguf"))
 }
 
 /// The error of a model's files as the wire has it.
-fn files_error(model: &ModelRef, error: &Error) -> ErrorBody {
+pub(super) fn files_error(model: &ModelRef, error: &Error) -> ErrorBody {
     let source = std::error::Error::source(error).map(|source| format!(": {source}")).unwrap_or_default();
     let message = format!("{model} cannot be loaded: {error}{source}");
-    let corrupt = "export or fetch the folder again; it needs config.json, tokenizer.json and model.safetensors";
+    let corrupt = "export or fetch it again; a folder needs config.json, tokenizer.json and model.safetensors, a GGUF file nothing else";
     match error {
         Error::NotFound(_) => ErrorBody::new(ErrorCode::ModelNotFound, message),
         Error::Files(inner) => match inner {
             rbee_models::FileError::Unsupported { .. } => ErrorBody::new(ErrorCode::ModelLoadFailed, message)
-                .with_hint("docs/models.md lists what runs: f32, f16 and bf16 folders of twelve model families"),
+                .with_hint("docs/models.md lists what runs: folders in f32, f16 or bf16 and GGUF files of twelve model families"),
             _ => ErrorBody::new(ErrorCode::ModelCorrupt, message).with_hint(corrupt),
         },
         Error::Refused { .. } | Error::Tensor { .. } => {
@@ -76,7 +79,7 @@ fn files_error(model: &ModelRef, error: &Error) -> ErrorBody {
     }
 }
 
-fn text_error(model: &ModelRef, error: &TextError) -> ErrorBody {
+pub(super) fn text_error(model: &ModelRef, error: &TextError) -> ErrorBody {
     let code = match error {
         TextError::Unsupported { .. } => ErrorCode::ModelLoadFailed,
         _ => ErrorCode::ModelCorrupt,
@@ -203,15 +206,11 @@ fn parse(
 ) -> Result<Parsed, ErrorBody> {
     let failed = |error: Error| files_error(model, &error);
     let text = |error: TextError| text_error(model, &error);
-    let tokenizer_bytes = files.required("tokenizer.json").map_err(failed)?;
+    let TextFiles { tokenizer, config, template } = TextFiles::of(model, files)?;
     computes.inspect(files, options).map_err(failed)?;
-    let config = match files.small("tokenizer_config.json").map_err(failed)? {
-        Some(bytes) => TokenizerConfig::from_json(&bytes).map_err(text)?,
-        None => TokenizerConfig::default(),
-    };
-    let jinja = files.small("chat_template.jinja").map_err(failed)?;
-    let template = ChatTemplate::load(&config, jinja.as_deref()).map_err(text)?;
-    let tokenizer = Tokenizer::from_json(&tokenizer_bytes).map_err(text)?;
+    let config = config.map(|bytes| TokenizerConfig::from_json(&bytes)).transpose().map_err(text)?.unwrap_or_default();
+    let template = ChatTemplate::load(&config, template.as_deref()).map_err(text)?;
+    let tokenizer = Tokenizer::from_json(&tokenizer).map_err(text)?;
     Ok(Parsed { tokenizer, template })
 }
 

@@ -6,6 +6,7 @@
 use half::{bf16, f16};
 use rbee_cuda::{Buffer, Experts, Gpu, Heads, Kv, Linear, Norm, QkNorm, STEP, WIDTHS};
 use rbee_kernels::WeightType;
+use rbee_kernels::packed::widen;
 use rbee_weights::config::{LayerConfig, Mlp, ModelConfig};
 
 use super::decoder::{GatedLayer, GpuDecoder, GpuLayer, MlpLayer, MoeLayer};
@@ -173,13 +174,13 @@ impl Opened {
         for (name, outputs) in &matrix.parts {
             let (kind, bytes) = self.tensor(name);
             if rows.is_none() && columns.is_none() && kind == WeightType::Bf16 {
-                gpu.write_bytes(buffer, at + first * width, bytes)?;
+                gpu.write_bytes(buffer, at + first * width, &bytes)?;
             } else {
                 let mut part = vec![bf16::ZERO; rows.len(*outputs) * width];
                 for (row, bytes) in bytes.chunks_exact(kind.row(inputs)).enumerate() {
                     let to = &mut part[rows.at(row) * width..][..width];
-                    for (i, bytes) in bytes.chunks_exact(kind.row(1)).enumerate() {
-                        to[columns.at(i)] = value(kind, bytes);
+                    for (i, value) in widen(kind, bytes).map_err(|_| self.not_finite(name))?.into_iter().enumerate() {
+                        to[columns.at(i)] = bf16::from_f32(value);
                     }
                 }
                 gpu.write(buffer, at + first * width, &part)?;
@@ -306,15 +307,5 @@ impl Opened {
         };
         each(total, total);
         Ok(decoder)
-    }
-}
-
-/// A stored weight, rounded to bf16.
-fn value(kind: WeightType, bytes: &[u8]) -> bf16 {
-    match (kind, bytes) {
-        (WeightType::Bf16, [a, b]) => bf16::from_le_bytes([*a, *b]),
-        (WeightType::F16, [a, b]) => bf16::from_f32(f16::from_le_bytes([*a, *b]).to_f32()),
-        (WeightType::F32, [a, b, c, d]) => bf16::from_f32(f32::from_le_bytes([*a, *b, *c, *d])),
-        _ => unreachable!("a type has its own size"),
     }
 }
