@@ -4,6 +4,7 @@
 //! Start with [`safetensors::Index::parse`] and [`config::ModelConfig::parse`].
 
 pub mod config;
+pub mod gguf;
 pub mod needs;
 pub mod safetensors;
 
