@@ -1,10 +1,10 @@
-//! The header of a GGUF file (format: ggml, docs/gguf.md): magic, version, metadata, tensor infos, then the tensors' bytes,
-//! each at a multiple of the file's alignment.
+//! The header of a GGUF file (format: ggml, docs/gguf.md): magic, version, metadata, tensor infos, then the tensors'
+//! bytes, each at a multiple of the file's alignment.
 //!
-//! [`Gguf::parse`] checks the header whole and keeps where its values lie: none of them is copied, so a vocabulary costs
-//! what it is asked for. What a file holds is [`Gguf::tensors`] and the getters by key; [`config::config_json`] says it in
-//! the words of a `config.json`, and [`Architecture`] where the tensors of a plan lie. A model in several files is one
-//! slice of [`Gguf`], in order; [`check_split`] says whether it is whole.
+//! [`Gguf::parse`] checks the header whole and keeps where its values lie: none of them is copied, so a vocabulary
+//! costs what it is asked for. What a file holds is [`Gguf::tensors`] and the getters by key; [`config::model_config`]
+//! says it as our config, and [`Architecture`] where the tensors of a plan lie. A model in several files is one slice
+//! of [`Gguf`], in order; [`check_split`] says whether it is whole.
 
 pub mod config;
 mod names;
@@ -209,8 +209,8 @@ pub struct Gguf<'a> {
 }
 
 impl<'a> Gguf<'a> {
-    /// Reads and checks a header. `bytes` are the file's, from its beginning and at least through its header; `file_len`
-    /// is its whole length.
+    /// Reads and checks a header. `bytes` are the file's, from its beginning and at least through its header;
+    /// `file_len` is its whole length.
     ///
     /// # Errors
     /// [`Error::Corrupt`] naming what is wrong; [`Error::Unsupported`] for a version, byte order or tensor kind that is

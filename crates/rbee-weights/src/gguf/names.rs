@@ -156,7 +156,8 @@ impl Architecture {
     /// The heads of a tensor whose rows are in the order of neighbouring rotary pairs; `None` for one that is in the
     /// order of transformers.
     ///
-    /// Within each head of `n` rows, row `2i` of the file is row `i` of transformers, and row `2i + 1` is row `i + n / 2`.
+    /// Within each head of `n` rows, row `2i` of the file is row `i` of transformers, and row `2i + 1` is row
+    /// `i + n / 2`.
     /// Rows are whole, so that blocks stay as they are when rows are put back.
     pub fn permuted_heads(self, config: &ModelConfig, name: &str) -> Option<usize> {
         if !matches!(self, Self::Llama | Self::SmolLm3 | Self::Granite) {
@@ -170,7 +171,7 @@ impl Architecture {
         }
     }
 
-    /// Whether norms hold the one that [`crate::config::Norms::plus_one`] would have added: it is not to be added again.
+    /// Whether norms hold the one that [`crate::config::Norms::plus_one`] asks for: it is not to be added again.
     pub fn norms_hold_one(self) -> bool {
         matches!(self, Self::Gemma2 | Self::Gemma3)
     }

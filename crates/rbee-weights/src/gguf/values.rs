@@ -26,6 +26,9 @@ enum Kind {
 /// The number of the type of arrays.
 const ARRAY: u32 = 9;
 
+/// Most layers that a value may be given for: as many as a config may have.
+const MAX_LAYERS: usize = 1 << 10;
+
 impl Kind {
     fn of(number: u32) -> Option<Self> {
         Some(match number {
@@ -338,6 +341,9 @@ impl<'a> Gguf<'a> {
         if entry.items.is_none() {
             let value = values.next().flatten().ok_or_else(wrong)?;
             return Ok(Some(PerLayer::Same(value)));
+        }
+        if values.len() > MAX_LAYERS {
+            return Err(self.wrong(key, &format!("an array of at most {MAX_LAYERS} layers")));
         }
         let values = values.collect::<Option<Vec<u64>>>().ok_or_else(wrong)?;
         Ok(Some(PerLayer::Each(values)))

@@ -1,14 +1,10 @@
 //! GGUF headers, sound and hostile: an error or an index whose tensors all lie where they may.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
-mod support;
-
 use proptest::prelude::*;
 use rbee_weights::Error;
 use rbee_weights::gguf::{GgmlType, Gguf, MAX_TENSORS, Split, check_split};
 
-use self::support::{File, Tensor, Value, array, text};
+use crate::writer::{File, Tensor, Value, array, text};
 
 fn parse(bytes: &[u8]) -> Result<Gguf<'_>, Error> {
     Gguf::parse("f.gguf", bytes, bytes.len() as u64)
@@ -344,7 +340,10 @@ proptest! {
 
     #[test]
     fn placed_at_will_tensors_are_an_error_or_in_bounds(
-        places in prop::collection::vec((1u64..40, 1u64..4, 0u64..20, prop::sample::select(vec![0u32, 1, 2, 8, 12])), 1..5),
+        places in prop::collection::vec(
+            (1u64..40, 1u64..4, 0u64..20, prop::sample::select(vec![0u32, 1, 2, 8, 12])),
+            1..5,
+        ),
         len in 0usize..800,
     ) {
         let infos = places.iter().enumerate();

@@ -1,7 +1,5 @@
 //! A writer of GGUF files, sound ones and others.
 
-#![expect(dead_code, reason = "each test binary uses a part of it")]
-
 /// A metadata value.
 #[derive(Clone, Debug)]
 pub enum Value {
