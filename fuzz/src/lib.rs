@@ -22,6 +22,7 @@ pub struct Target {
 /// All of them.
 pub const TARGETS: &[Target] = &[
     Target { name: "safetensors", run: weights::safetensors, max_len: 16 << 10 },
+    Target { name: "gguf", run: weights::gguf, max_len: 16 << 10 },
     Target { name: "config", run: weights::config, max_len: 16 << 10 },
     Target { name: "tokenizer", run: text::tokenizer, max_len: 16 << 10 },
     Target { name: "template", run: text::template, max_len: 16 << 10 },

@@ -1,6 +1,8 @@
 //! Files of a model that `rbee-weights` reads.
 
 use rbee_weights::config::{GenerationDefaults, Mlp, ModelConfig};
+use rbee_weights::gguf::config::model_config;
+use rbee_weights::gguf::{Gguf, check_split};
 use rbee_weights::needs::{Positions, needs};
 use rbee_weights::safetensors::{Dtype, Index, Shards, TensorInfo, header_len};
 
@@ -55,6 +57,48 @@ fn shards(bytes: &[u8]) {
     indexes[shards.tensors[first]].tensors.remove(first);
     assert!(shards.check(&indexes.iter().collect::<Vec<_>>()).is_err());
     assert!(shards.check(&[]).is_err());
+}
+
+/// The bytes are a file, or the beginning of one that is longer.
+pub(crate) fn gguf(bytes: &[u8]) {
+    for file_len in [bytes.len() as u64, 1 << 50] {
+        let Ok(gguf) = Gguf::parse("f.gguf", bytes, file_len) else { continue };
+        let mut spans = Vec::new();
+        for tensor in gguf.tensors.values() {
+            let values = tensor.shape.iter().map(|size| *size as u64).product::<u64>();
+            assert_eq!(values % tensor.kind.block(), 0, "of {:?}", tensor.shape);
+            assert_eq!(values / tensor.kind.block() * tensor.kind.block_bytes(), tensor.len, "of {:?}", tensor.shape);
+            assert!(tensor.len > 0 && tensor.start.is_multiple_of(8));
+            let there = gguf.data(tensor);
+            assert_eq!(there.is_some(), tensor.start + tensor.len <= bytes.len() as u64);
+            assert!(there.is_none_or(|data| data.len() as u64 == tensor.len));
+            spans.push((tensor.start, tensor.start + tensor.len));
+        }
+        spans.sort_unstable();
+        assert!(spans.is_sorted_by(|one, next| one.1 <= next.0), "an overlap");
+        assert!(spans.last().is_none_or(|last| last.1 <= file_len), "a tensor outside the file");
+        values(&gguf);
+        let files = [gguf];
+        if let Ok(config) = model_config(&files) {
+            assert!(check_split(&files).is_ok());
+            model(&config);
+        }
+    }
+}
+
+/// A value has one type at most.
+fn values(gguf: &Gguf<'_>) {
+    for key in gguf.keys() {
+        let scalars = [gguf.u64(key).is_ok(), gguf.f64(key).is_ok(), gguf.bool(key).is_ok(), gguf.str(key).is_ok()];
+        let items = gguf.count(key).ok().flatten();
+        assert!(scalars.into_iter().filter(|one| *one).count() + usize::from(items.is_some()) <= 1);
+        let counts = [
+            gguf.strings(key).ok().flatten().map(Iterator::count),
+            gguf.f32s(key).ok().flatten().map(Iterator::count),
+            gguf.i32s(key).ok().flatten().map(Iterator::count),
+        ];
+        assert!(counts.into_iter().flatten().all(|count| Some(count) == items), "an array ends early");
+    }
 }
 
 /// The bytes are a `config.json` or a `generation_config.json`.
