@@ -20,5 +20,6 @@ pub fn bytes(kind: WeightType, values: &[f32]) -> Vec<u8> {
         WeightType::F32 => values.iter().flat_map(|v| v.to_le_bytes()).collect(),
         WeightType::F16 => values.iter().flat_map(|v| f16::from_f32(*v).to_le_bytes()).collect(),
         WeightType::Bf16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
+        WeightType::Blocks(_) => panic!("blocks are made by candle, see `ggml`"),
     }
 }

@@ -32,8 +32,10 @@ fn mapped(files: &ModelFiles, name: &str) -> Result<WeightBytes, Error> {
 /// Reads and checks everything but the weights themselves.
 pub(crate) fn open(files: &ModelFiles, names: &[String], quantize: Option<Quantize>) -> Result<Opened, Error> {
     let bytes: Vec<WeightBytes> = names.iter().map(|name| mapped(files, name)).collect::<Result<_, _>>()?;
-    let parse = |(name, bytes): (&String, &WeightBytes)| Gguf::parse(name, bytes, bytes.len() as u64);
-    let ggufs: Vec<Gguf<'_>> = names.iter().zip(&bytes).map(parse).collect::<Result<_, _>>()?;
+    let mut ggufs = Vec::with_capacity(names.len());
+    for (name, bytes) in names.iter().zip(&bytes) {
+        ggufs.push(Gguf::parse(name, bytes, bytes.len() as u64)?);
+    }
     check_split(&ggufs)?;
     let mut config = model_config(&ggufs)?;
     let arch = Architecture::of(&ggufs[0])?;

@@ -7,7 +7,7 @@
 //! of [`Gguf`], in order; [`check_split`] says whether it is whole.
 
 pub mod config;
-mod names;
+pub mod names;
 mod read;
 mod values;
 
