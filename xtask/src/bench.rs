@@ -1,11 +1,13 @@
 //! `cargo xtask bench`: figures for `docs/PERFORMANCE.md`, measured on real processes, or on the real scheduler.
 //!
-//! For relay and start the programs must be built: `cargo build --release --workspace --bins`.
+//! For relay, start and load the programs must be built: `cargo build --release --workspace --bins`.
 
 mod api;
 mod engine;
 mod fleet;
+mod load;
 mod machine;
+mod random_gguf;
 mod relay;
 mod start;
 
@@ -13,7 +15,7 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
-const USAGE: &str = "usage: cargo xtask bench relay [--streams N] [--tokens N] [--workers N] [--rounds N] | bench start [--times N] | bench api [--rounds N] | bench download [--rounds N] \
+const USAGE: &str = "usage: cargo xtask bench relay [--streams N] [--tokens N] [--workers N] [--rounds N] | bench start [--times N] | bench api [--rounds N] | bench download [--rounds N] | bench load [--rounds N] \
      | bench fleet [--workers N] [--hives N] [--models N] [--owners N] [--jobs N] [--events N] [--policy NAME] \
      | bench engine [--shape 135m|360m|1.1b] [--quantize FORM] [--kv-type T] [--threads N] [--rounds N]";
 
@@ -28,6 +30,7 @@ pub fn run(args: &[String]) -> Result<()> {
         Some((name, rest)) if name == "download" => download(numbers(rest, [("--rounds", 5)])?[0]),
         Some((name, rest)) if name == "fleet" => fleet::run(&fleet::Plan::parse(rest)?),
         Some((name, rest)) if name == "engine" => engine::run(rest),
+        Some((name, rest)) if name == "load" => load::run(&crate::root(), numbers(rest, [("--rounds", 5)])?[0]),
         Some((name, rest)) if name == "start" => start::run(numbers(rest, [("--times", 7)])?[0]),
         _ => bail!(USAGE),
     }

@@ -11,7 +11,7 @@ use serde_json::Value;
 const ABOUT: &str = "# Models
 
 `--model` takes a repository of the hub (`org/name`, `org/name@revision`) or a folder as one has it: `config.json`, `tokenizer.json` (with `tokenizer_config.json` or
-`chat_template.jinja` for chats), and `model.safetensors` or shards with `model.safetensors.index.json`. Weights in f32, f16 and
+`chat_template.jinja` for chats), and `model.safetensors` or shards with `model.safetensors.index.json`; or a GGUF file, see below. Weights in f32, f16 and
 bf16 are kept in their type; sums are in f32. With `--quantize q8_0` matrices are kept with 8.5 bits a weight, with `--quantize q4_k`
 with 4.6, and embedding and head with 8.5; matrices whose rows are not whole blocks (of 32, of 256) have the next larger form, and
 routers keep their type. The KV cache has the weights' type, f16 beside quantized weights, or `--kv-type f32|f16|bf16|q8_0`.
@@ -26,6 +26,18 @@ script that makes them.
 ";
 
 const REST: &str = "
+## GGUF
+
+A file's path, `org/name:FILE.gguf` or `org/name:Q4_K_M`; of one that was split, any part or the first. Nothing else is needed: what
+`config.json` and the tokenizer's files say is read from the metadata. Architectures: llama (Mistral and Mixtral with it), qwen2, qwen3,
+qwen3moe, phi3, gemma2, gemma3, granite, olmo2, smollm3. Tensors: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K; others,
+such as IQ and MXFP4, are refused by name. In memory Q8_0, Q5_0 and Q4_0 have 8.5 bits a weight and Q4_K has 4.6, with the very values of
+the file; the other kinds have 16 bits, rounded to f16. Products are with f32 activations: llama.cpp rounds these to 8 bits, so its
+numbers differ by that much. Vocabularies: byte-level BPE with the rules for words that llama.cpp knows by name, and SentencePiece with
+scores; an unknown rule is refused by its name.
+
+## Not taken
+
 Refused by name, as their results would be others: quantized checkpoints (`quantization_config`), `dynamic` rope, whose
 results depend on how a text was cut, activations other than SiLU and tanh-GELU, bidirectional attention, and any tensor that the
 architecture has no use for. Keys of `config.json` that nothing knows are named in the worker's log.

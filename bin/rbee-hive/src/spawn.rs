@@ -212,7 +212,7 @@ impl Spawner {
     /// Where a model's files lie, where its name does not say that: fetched, if need be.
     ///
     /// # Errors
-    /// When they are not here and cannot be fetched, or no worker can read them.
+    /// When they are not here and cannot be fetched.
     pub(crate) async fn locate(
         &self,
         model: &ModelRef,
@@ -222,25 +222,18 @@ impl Spawner {
         if self.simulates() {
             return Ok(None);
         }
-        let unread = |what: &str| {
-            refuse(ErrorCode::NotImplemented, format!("{what}: GGUF files are not read by this build"))
-                .with_hint("take a repository or a folder with safetensors files")
-        };
         match model {
             ModelRef::Tinybee => Ok(None),
-            ModelRef::Path(path) if path.ends_with(".gguf") => Err(unread(path)),
-            ModelRef::Path(path) if Path::new(path).is_dir() => Ok(None),
+            // What kind of file it is, the worker says, who opens it.
+            ModelRef::Path(path) if Path::new(path).exists() => Ok(None),
             ModelRef::Path(path) => {
-                Err(refuse(ErrorCode::ModelNotFound, format!("there is no model folder at {path}"))
-                    .with_hint("`tinybee` is built in; a folder of safetensors files is named by its absolute path"))
+                Err(refuse(ErrorCode::ModelNotFound, format!("there is neither a model folder nor a file at {path}"))
+                    .with_hint("`tinybee` is built in; a folder or a .gguf file is named by its absolute path"))
             }
             ModelRef::Alias(name) => {
                 Err(refuse(ErrorCode::ModelNotFound, format!("`{name}` is neither a model nor an alias")))
             }
-            ModelRef::Hub { .. } => {
-                let path = self.models.bring(model, tell, stop).await?.path.display().to_string();
-                if path.ends_with(".gguf") { Err(unread(&model.to_string())) } else { Ok(Some(path)) }
-            }
+            ModelRef::Hub { .. } => Ok(Some(self.models.bring(model, tell, stop).await?.path.display().to_string())),
         }
     }
 

@@ -13,6 +13,7 @@ pub mod canary;
 pub mod cluster;
 pub mod command;
 pub mod fleet_sim;
+pub mod gguf;
 pub mod http;
 pub mod hub;
 pub mod port;

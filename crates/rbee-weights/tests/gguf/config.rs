@@ -6,7 +6,7 @@ use rbee_weights::config::{ModelConfig, RopeScaling};
 use rbee_weights::gguf::Gguf;
 use rbee_weights::gguf::config::{config_json, model_config};
 
-use crate::writer::{File, Tensor, Value};
+use rbee_testkit::gguf::{File, Tensor, Value};
 
 /// Where files end whose tensors nobody reads.
 const FILE_LEN: u64 = 1 << 50;

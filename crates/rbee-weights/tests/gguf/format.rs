@@ -4,7 +4,7 @@ use proptest::prelude::*;
 use rbee_weights::Error;
 use rbee_weights::gguf::{GgmlType, Gguf, MAX_TENSORS, Split, check_split};
 
-use crate::writer::{File, Tensor, Value, array, text};
+use rbee_testkit::gguf::{File, Tensor, Value, array, text};
 
 fn parse(bytes: &[u8]) -> Result<Gguf<'_>, Error> {
     Gguf::parse("f.gguf", bytes, bytes.len() as u64)

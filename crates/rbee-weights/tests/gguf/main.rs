@@ -5,4 +5,3 @@
 mod config;
 mod format;
 mod names;
-mod writer;

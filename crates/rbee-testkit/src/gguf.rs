@@ -3,17 +3,29 @@
 /// A metadata value.
 #[derive(Clone, Debug)]
 pub enum Value {
+    /// u8
     U8(u8),
+    /// u16
     U16(u16),
+    /// u32
     U32(u32),
+    /// i32
     I32(i32),
+    /// f32
     F32(f32),
+    /// One byte.
     Bool(bool),
+    /// A string, whatever its bytes.
     Text(Vec<u8>),
+    /// An array of strings.
     Texts(Vec<String>),
+    /// An array of f32.
     F32s(Vec<f32>),
+    /// An array of i32.
     I32s(Vec<i32>),
+    /// An array of bool.
     Bools(Vec<bool>),
+    /// f64
     F64(f64),
     /// Type number and bytes, as they are.
     Raw(u32, Vec<u8>),
@@ -40,27 +52,43 @@ impl From<f32> for Value {
 /// A tensor's info, dimensions in the file's order.
 #[derive(Clone, Debug)]
 pub struct Tensor {
+    /// Its name.
     pub name: Vec<u8>,
+    /// Its dimensions, the fastest first.
     pub dims: Vec<u64>,
+    /// The number of its kind.
     pub kind: u32,
+    /// Where its data begin, after the padding of the header.
     pub offset: u64,
 }
 
 /// A file as it is to be written.
 #[derive(Clone, Debug)]
 pub struct File {
+    /// The first four bytes.
     pub magic: [u8; 4],
+    /// The version of the format.
     pub version: u32,
+    /// Metadata, in order.
     pub keys: Vec<(Vec<u8>, Value)>,
+    /// Infos of tensors, in order.
     pub tensors: Vec<Tensor>,
     /// Bytes after the header and its padding.
     pub data: Vec<u8>,
+    /// Where tensors may begin: at its multiples.
     pub alignment: u64,
     /// Counts that are not those of the lists.
     pub claims: (Option<u64>, Option<u64>),
 }
 
+impl Default for File {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 impl File {
+    /// An empty file of version 3.
     pub fn new() -> Self {
         Self {
             magic: *b"GGUF",
@@ -73,6 +101,7 @@ impl File {
         }
     }
 
+    /// With a key after the ones before.
     pub fn key(mut self, key: &str, value: impl Into<Value>) -> Self {
         self.keys.push((key.into(), value.into()));
         self
@@ -93,6 +122,7 @@ impl File {
         self
     }
 
+    /// The file as it stands on a disk.
     pub fn bytes(&self) -> Vec<u8> {
         let mut out = Vec::new();
         out.extend(self.magic);
@@ -120,6 +150,7 @@ impl File {
     }
 }
 
+/// A string, with its length.
 pub fn text(out: &mut Vec<u8>, text: &[u8]) {
     out.extend((text.len() as u64).to_le_bytes());
     out.extend(text);
