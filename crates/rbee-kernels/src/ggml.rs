@@ -66,7 +66,7 @@ impl Blocks {
     }
 
     /// Weights of a block.
-    pub fn len(self) -> usize {
+    pub fn weights(self) -> usize {
         self.candle().block_size()
     }
 
@@ -90,7 +90,7 @@ impl Blocks {
 /// # Errors
 /// When it is infinite or not a number.
 pub(crate) fn widen(blocks: Blocks, bytes: &[u8]) -> Result<Vec<f32>, NotFinite> {
-    let weights = bytes.len() / blocks.bytes() * blocks.len();
+    let weights = bytes.len() / blocks.bytes() * blocks.weights();
     // Candle takes only bytes that lie as its own blocks do.
     let mut aligned: Vec<u64> = Vec::with_capacity(bytes.len().div_ceil(8));
     aligned.extend(bytes.chunks(8).map(|chunk| {
@@ -136,8 +136,6 @@ pub(crate) fn same(blocks: Blocks, form: Quantization, bytes: &[u8]) -> Option<C
 
 #[cfg(test)]
 mod tests {
-    #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
-
     use candle_core::Tensor;
 
     use super::*;

@@ -40,7 +40,7 @@ impl WeightType {
         match self {
             Self::F32 => 4 * k,
             Self::F16 | Self::Bf16 => 2 * k,
-            Self::Blocks(blocks) => k / blocks.len() * blocks.bytes(),
+            Self::Blocks(blocks) => k / blocks.weights() * blocks.bytes(),
         }
     }
 
