@@ -70,8 +70,10 @@ fn places(
         let source = arch.source(&name).ok_or_else(|| {
             FileError::unsupported(first, format!("a GGUF of architecture {} has no place for `{name}`", arch.name()))
         })?;
-        let found = files.iter().enumerate().find_map(|(at, gguf)| Some((at, gguf.tensors.get(&source.name)?)));
-        let Some((file, info)) = found else {
+        let find = |name: &str| files.iter().enumerate().find_map(|(at, gguf)| Some((at, gguf.tensors.get(name)?)));
+        let alone = || source.alone().filter(|alone| find(&alone.name).is_some());
+        let source = if find(&source.name).is_some() { source } else { alone().unwrap_or(source) };
+        let Some((file, info)) = find(&source.name) else {
             return Err(FileError::corrupt(first, format!("tensor `{}` is missing", source.name)));
         };
         let gguf = &files[file];

@@ -39,6 +39,26 @@ const OFF: &[&str] = &[
     "rope.scaling.yarn_log_multiplier",
 ];
 
+const TOKENS: &str = "tokenizer.ggml.tokens";
+
+/// What llama.cpp takes for the end of a text or turn when a special token is called so, of those that vocabularies of
+/// our architectures have.
+const ENDS: &[&str] = &[
+    "</s>",
+    "<eos>",
+    "<end_of_turn>",
+    "<|end|>",
+    "<|end_of_text|>",
+    "<|endoftext|>",
+    "<|eom_id|>",
+    "<|eot_id|>",
+    "<|im_end|>",
+];
+
+/// Types of special tokens.
+const CONTROL: i32 = 3;
+const USER_DEFINED: i32 = 4;
+
 /// Most unknown keys that are passed on.
 const MAX_UNKNOWN: usize = 32;
 
@@ -219,7 +239,7 @@ impl<'a> Keys<'a> {
 
     /// Rows of the embedding, which are the vocabulary.
     fn vocab(&self) -> Result<u64, Error> {
-        let tokens = self.gguf.count("tokenizer.ggml.tokens")?.map(|count| count as u64);
+        let tokens = self.gguf.count(TOKENS)?.map(|count| count as u64);
         let rows = match self.tensor("token_embd.weight").map(|(_, tensor)| &tensor.shape[..]) {
             None => None,
             Some([rows, _]) => Some(*rows as u64),
@@ -233,13 +253,21 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// Tokens that end a text, a turn or a message.
+    /// Tokens that end a text, a turn or a message: those that the keys name, and those that are called so, since many
+    /// writers name only one.
     fn eos(&self) -> Result<Option<Value>, Error> {
         let mut ids = Vec::new();
         for key in ["eos_token_id", "eot_token_id", "eom_token_id"] {
             let id = self.gguf.u64(&format!("tokenizer.ggml.{key}"))?;
             // Some writers say by all ones that there is none.
             ids.extend(id.filter(|id| *id != u64::from(u32::MAX) && !ids.contains(id)));
+        }
+        const TYPES: &str = "tokenizer.ggml.token_type";
+        if let (Some(tokens), Some(types)) = (self.gguf.strings(TOKENS)?, self.gguf.i32s(TYPES)?) {
+            for (id, (text, kind)) in (0..).zip(tokens.zip(types)) {
+                let ends = matches!(kind, CONTROL | USER_DEFINED) && ENDS.contains(&text?);
+                ids.extend(Some(id).filter(|id| ends && !ids.contains(id)));
+            }
         }
         Ok((!ids.is_empty()).then(|| json!(ids)))
     }
@@ -312,10 +340,6 @@ fn mlp(keys: &Keys<'_>) -> Result<Map<String, Value>, Error> {
     let mut put = |key: &str, value: Value| out.insert(key.to_owned(), value);
     match keys.arch {
         Architecture::Llama | Architecture::Qwen3Moe if experts > 0 => {
-            if keys.tensor("blk.0.ffn_gate.0.weight").is_some() {
-                let problem = "experts in tensors of their own: take a newer file of this model";
-                return Err(Error::unsupported(keys.gguf.file(), problem));
-            }
             put("num_local_experts", json!(experts));
             put("num_experts_per_tok", json!(picked));
             if keys.arch == Architecture::Qwen3Moe {

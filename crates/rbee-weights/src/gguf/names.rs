@@ -2,7 +2,7 @@
 //!
 //! Facts of the format, as llama.cpp's converter writes it and llama.cpp reads it:
 //! - Names are `blk.N.PART`, and which norm a part is depends on the architecture.
-//! - A layer's experts are one tensor `[experts, outputs, inputs]`.
+//! - A layer's experts are one tensor `[experts, outputs, inputs]`; in old files of Mixtral each has a tensor of its own.
 //! - Rotary pairs of llama, Mistral, Mixtral, SmolLM3 and Granite are neighbours (2i, 2i + 1), where transformers has
 //!   halves (i, i + dims / 2): rows of q and k, and their biases, stand in another order within each head. All other
 //!   architectures keep the order of transformers.
@@ -45,6 +45,14 @@ pub struct Source {
     pub name: String,
     /// Which expert's part of it, along its outermost dimension; the whole when `None`.
     pub expert: Option<usize>,
+}
+
+impl Source {
+    /// Where an expert's part lies in old files, which have a tensor for each expert; `None` for what is no expert's.
+    pub fn alone(&self) -> Option<Self> {
+        let (part, kind) = self.name.split_once("_exps.")?;
+        Some(Self { name: format!("{part}.{}.{kind}", self.expert?), expert: None })
+    }
 }
 
 impl Architecture {
