@@ -5,9 +5,12 @@
 #[cfg(feature = "cuda")]
 mod cuda;
 mod families;
+mod gguf;
+mod gguf_file;
 mod invariance;
 mod quantized;
 mod reference;
+mod rounded;
 mod schedules;
 mod support;
 mod tinybee;
