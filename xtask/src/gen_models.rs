@@ -5,6 +5,8 @@ use std::fs;
 use std::path::Path;
 
 use anyhow::{Context, Result};
+use rbee_weights::config::encoder::{EncoderActivation, EncoderConfig};
+use rbee_weights::config::sentence::{self, Modules};
 use rbee_weights::config::{Mlp, ModelConfig, NormPlace, QkNorm, RopeScaling};
 use serde_json::Value;
 
@@ -49,6 +51,59 @@ never becomes a control token.
 Long-rope: a text has the frequencies of long texts when its prompt is longer than the original length, to its end.
 ";
 
+const ENCODERS: &str = "
+# Embedding models
+
+`/v1/embeddings` and jobs with `embed` take any model; encoders of BERT's kind (MiniLM, BGE, E5, GTE, multilingual E5 and their like) take nothing else.
+`--model` takes their folder or repository as sentence-transformers saves it: the files above, `modules.json`, `1_Pooling/config.json` and
+`sentence_bert_config.json`. What the folder declares is done: pooling `cls`, `mean`, `max`, `mean_sqrt_len_tokens`, `weightedmean` or `lasttoken`, or several
+one behind the other, and normalisation where it has one. A folder without `modules.json` gets the mean over all tokens, of length 1. Texts are never cut: one
+longer than the folder's `max_seq_length` is refused with its length, and `--ctx` raises that up to the model's own positions. Special tokens
+written in a text are letters. Encoders compute on the CPU and have no KV.
+
+Each line below is a small random model whose token ids and vectors `cargo xtask test` compares with sentence-transformers in f32, in every pooling, with and
+without normalisation: the largest error of a value is below 1e-5. A text's vector is the same bits alone and beside others.
+
+| `model_type` | model | weights | what it shows |
+|---|---|---|---|
+";
+
+const REFUSED_ENCODERS: &str = "
+Refused by name: other modules (`Dense`: export the model without it), relative positions, activations other than GELU and ReLU, `do_lower_case` beside the
+tokenizer's own, a `default_prompt_name` (write the prompt into the texts), rerankers and classifiers (their heads have no use here), and other encoders
+(MPNet, DistilBERT, ModernBERT): take one of the kinds above.
+";
+
+/// The lines of the encoders.
+fn encoders(root: &Path) -> Result<String> {
+    let mut rows = Vec::new();
+    for entry in fs::read_dir(root.join("tests/fixtures/encoders"))? {
+        let folder = entry?.path();
+        let name = folder.file_name().context("a folder has a name")?.to_string_lossy().into_owned();
+        let config = EncoderConfig::parse(&fs::read(folder.join("config.json"))?).with_context(|| name.clone())?;
+        let modules = Modules::parse(&fs::read(folder.join(sentence::MODULES))?).with_context(|| name.clone())?;
+        let declared = sentence::poolings(&modules.pooling, &fs::read(folder.join(&modules.pooling))?, config.hidden)?;
+        let names: Vec<&str> = declared.into_iter().map(sentence::Pooling::name).collect();
+        let tokenizer: Value = serde_json::from_slice(&fs::read(folder.join("tokenizer.json"))?)?;
+        let words = tokenizer["model"]["type"].as_str().context("a tokenizer has a type")?;
+        let length = if modules.length == sentence::Length::One { ", normalised" } else { "" };
+        let (kind, _) = stored(&folder)?;
+        let act = match config.activation {
+            EncoderActivation::GeluErf => "GELU",
+            EncoderActivation::GeluTanh => "GELU by tanh",
+            EncoderActivation::Relu => "ReLU",
+        };
+        let first = config.first_position;
+        rows.push(format!(
+            "| `{}` | {name} | {kind} | {words} tokens, {act}, positions from {first}, declares `{}`{length} |\n",
+            config.family.model_type(),
+            names.join("`, `"),
+        ));
+    }
+    rows.sort();
+    Ok(rows.concat())
+}
+
 /// The page.
 pub(crate) fn page(root: &Path) -> Result<String> {
     let folder = root.join("tests/fixtures/models");
@@ -73,6 +128,9 @@ pub(crate) fn page(root: &Path) -> Result<String> {
         let _ = writeln!(text, "| `{family}` | {name} | {stored} | {shows} |");
     }
     text.push_str(REST);
+    text.push_str(ENCODERS);
+    text.push_str(&encoders(root)?);
+    text.push_str(REFUSED_ENCODERS);
     Ok(text)
 }
 

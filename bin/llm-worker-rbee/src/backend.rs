@@ -5,13 +5,13 @@ mod sim;
 mod vocabulary;
 
 use rbee_engine::{
-    Engine, EngineConfig, EngineHandle, Goal, ModelRunner, OutputText, Request, Sampling, StepCounter, TokenId,
+    Engine, EngineConfig, EngineHandle, Goal, ModelRunner, OutputText, Reading, Request, Sampling, StepCounter, TokenId,
 };
 use rbee_tokenizer::AnswerReader;
 use rbee_wire::fields::Violation;
 use rbee_wire::job::{Generation, invalid};
 use rbee_wire::worker::{LoadProgress, WorkerCharge, WorkerMemory};
-use rbee_wire::{ErrorBody, ErrorCode};
+use rbee_wire::{ErrorBody, ErrorCode, ModelRef};
 
 use crate::args::{Backend, Cli};
 
@@ -143,14 +143,19 @@ pub fn load(cli: &Cli, charge: &WorkerCharge, progress: &dyn Fn(LoadProgress)) -
     Ok(Loaded { engine, text, facts })
 }
 
-/// One token of a short prompt through the whole engine: touches every weight, and shows weights that are not
+/// One token of a short prompt through the whole engine, or its embedding: touches every weight, and shows weights that are not
 /// numbers before anybody relies on them.
 fn warm_up(engine: &mut Engine, text: &dyn TextSide) -> Result<(), ErrorBody> {
     use rbee_engine::{Choice, Output};
+    let limits = engine.limits();
+    let (goal, max_tokens, most) = match limits.reading {
+        Reading::Causal => (Goal::Answer, Some(2), 4),
+        Reading::Whole => (Goal::Embedding, None, limits.context),
+    };
     let request = Request {
-        prompt: vec![0; 4],
-        goal: Goal::Answer,
-        max_tokens: Some(2),
+        prompt: vec![0; most.min(4)],
+        goal,
+        max_tokens,
         min_tokens: 0,
         eos: Vec::new(),
         ignore_eos: true,
@@ -172,6 +177,15 @@ fn warm_up(engine: &mut Engine, text: &dyn TextSide) -> Result<(), ErrorBody> {
         Some((_, Output::Failed(error))) => Err(corrupt(&error)),
         _ => Err(corrupt(&"the engine stopped without an answer")),
     }
+}
+
+/// The refusal of a request for an answer, by a model that only makes embeddings.
+pub fn only_embeds(model: &ModelRef) -> ErrorBody {
+    ErrorBody::new(
+        ErrorCode::InvalidRequest,
+        format!("{model} is an embedding model and writes no text; use /v1/embeddings"),
+    )
+    .with_hint("POST /v1/embeddings, or a job with `embed`, makes embeddings; name another model for an answer")
 }
 
 /// The refusal of a request with tools, by a model that cannot have any.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use futures::Stream;
 use rbee_engine::{
-    CallPart, Choice, EngineError, Finish, Goal, Output, Overloaded, Piece, Request, Sampling, TokenStream,
+    CallPart, Choice, EngineError, Finish, Goal, Output, Overloaded, Piece, Reading, Request, Sampling, TokenStream,
 };
 use rbee_service::random_hex;
 use rbee_wire::event::{
@@ -22,7 +22,7 @@ use rbee_wire::{ErrorBody, ErrorCode, JobId, ModelRef, WorkerId, channel, sse};
 
 use serde_json::json;
 
-use crate::backend::{Answer, Encoded, Loaded, SamplingDefaults};
+use crate::backend::{Answer, Encoded, Loaded, SamplingDefaults, only_embeds};
 use crate::embeddings::{Embeddings, Next, Stop};
 use crate::status::Status;
 
@@ -107,6 +107,9 @@ pub fn begin(status: &Status, loaded: Arc<Loaded>, request: InferenceRequest) ->
         status.touch();
         let facts = facts(generation.seed.unwrap_or(0), None);
         return Ok(Inference { job_id, source: Source::Embeddings(embeddings), facts });
+    }
+    if loaded.engine.limits().reading == Reading::Whole {
+        return Err(only_embeds(status.model()));
     }
     let encoded = match &generation.prompt {
         // Whether the vocabulary has them is the engine's to say.

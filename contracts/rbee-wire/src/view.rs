@@ -334,7 +334,8 @@ pub struct LoadedView {
     pub device: DeviceId,
 }
 
-/// The embedding of one text: the mean of the model's hidden states over its tokens, of length 1.
+/// The embedding of one text. An embedding model pools as its folder declares; of all others it is the mean of the hidden states over the
+/// text's tokens, of length 1.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Embedding {
     /// Its place in `embed`, from 0.

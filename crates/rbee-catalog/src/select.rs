@@ -99,9 +99,12 @@ fn is_beside(path: &str) -> bool {
         "modules.json",
         "sentence_bert_config.json",
         "config_sentence_transformers.json",
-        "1_Pooling/config.json",
     ];
-    EXACT.contains(&path) || path.starts_with("tokenizer") && path.ends_with(".json") && !path.contains('/')
+    // `modules.json` names the folder, and the number before it is the module's place.
+    let pooling = path
+        .strip_suffix("_Pooling/config.json")
+        .is_some_and(|place| place.len() == 1 && place.as_bytes()[0].is_ascii_digit());
+    EXACT.contains(&path) || pooling || path.starts_with("tokenizer") && path.ends_with(".json") && !path.contains('/')
 }
 
 /// Whether one of a model's files can turn text into tokens.
@@ -289,11 +292,15 @@ mod tests {
             "tokenizer.json",
             "tokenizer_config.json",
             "1_Pooling/config.json",
+            "2_Dense/config.json",
+            "old/1_Pooling/config.json",
+            "modules.json",
+            "sentence_bert_config.json",
             "x.gguf",
         ];
         assert_eq!(
             chosen(None, &all),
-            "folder 1_Pooling/config.json config.json model.safetensors tokenizer.json tokenizer_config.json"
+            "folder 1_Pooling/config.json config.json model.safetensors modules.json sentence_bert_config.json tokenizer.json tokenizer_config.json"
         );
         let sharded = ["config.json", "model-00001-of-00002.safetensors", INDEX, "consolidated-00001.safetensors"];
         assert_eq!(chosen(None, &sharded), format!("folder config.json {INDEX}"));

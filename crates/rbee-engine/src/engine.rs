@@ -16,7 +16,7 @@ use crate::gate::{Gate, Permit};
 use crate::kv::block_pool::{BlockPool, Root};
 use crate::pace::Pace;
 use crate::request::{Finish, Output, Request, RequestId, Spec};
-use crate::runner::{Chunk, Logits, ModelLimits, ModelRunner, RunnerError, StepBatch, Wanted};
+use crate::runner::{Chunk, Logits, ModelLimits, ModelRunner, Reading, RunnerError, StepBatch, Wanted};
 use crate::sampling::Sampler;
 use crate::schedule::{self, Bounds, Planned};
 use crate::sequence::Sequence;
@@ -29,7 +29,7 @@ const CALM_STEPS: u32 = 64;
 pub struct EngineConfig {
     /// Sequences that run at once, at least 1.
     pub slots: usize,
-    /// Most tokens of one step, at least `slots`.
+    /// Most tokens of one step, at least `slots`; a text that is read whole may have more, alone.
     pub step_tokens: usize,
     /// Most tokens of one prompt in one step, at least 1.
     pub prefill_chunk: usize,
@@ -122,7 +122,9 @@ impl Engine {
     /// [`EngineError::Invalid`] for sizes that cannot work.
     pub fn new(mut runner: Box<dyn ModelRunner>, config: EngineConfig) -> Result<Self, EngineError> {
         let mut limits = runner.limits().clone();
-        limits.context = limits.context.min(limits.kv_blocks.saturating_mul(limits.block_size));
+        if limits.reading == Reading::Causal {
+            limits.context = limits.context.min(limits.kv_blocks.saturating_mul(limits.block_size));
+        }
         let check = |field, ok: bool, problem| if ok { Ok(()) } else { Err(EngineError::invalid(field, problem)) };
         check("slots", (1..=1 << 20).contains(&config.slots), "must be 1 to 1048576")?;
         check("queue", config.queue <= 1 << 20, "must be at most 1048576")?;
@@ -356,9 +358,8 @@ impl Engine {
         let chunk = |planned: &Planned| {
             let sequence = &self.running[planned.sequence];
             let (tokens, start) = sequence.chunk(planned.count);
-            let blocks = sequence.blocks();
-            let covering = (start + tokens.len()).div_ceil(self.limits.block_size);
-            Chunk { tokens, start, blocks: &blocks[..covering], regime: sequence.root.regime, wanted: planned.wanted }
+            let blocks = sequence.blocks(start + tokens.len(), self.limits.block_size);
+            Chunk { tokens, start, blocks, regime: sequence.root.regime, wanted: planned.wanted }
         };
         let batch = StepBatch { chunks: self.plan.iter().map(chunk).collect() };
         self.runner.step(&batch, &mut self.logits)?;
@@ -366,7 +367,7 @@ impl Engine {
         if wanted > 0 && (self.logits.rows() != wanted || self.logits.row(0).len() != self.limits.vocab) {
             return Err(RunnerError::Forward(format!("{} rows of logits for {wanted}", self.logits.rows())));
         }
-        let wanted = self.plan.iter().filter(|p| p.wanted == Wanted::Hidden).map(|p| p.count).sum::<usize>();
+        let wanted = self.plan.iter().map(Planned::states).sum::<usize>();
         if wanted > 0 && self.logits.hidden().len() != wanted {
             return Err(RunnerError::Forward(format!("{} hidden states for {wanted}", self.logits.hidden().len())));
         }
@@ -392,8 +393,8 @@ impl Engine {
             }
             match planned.wanted {
                 Wanted::Nothing => continue,
-                Wanted::Hidden => {
-                    let Some(values) = sequence.pool(hidden.by_ref().take(planned.count)) else { continue };
+                Wanted::Hidden | Wanted::Embedding => {
+                    let Some(values) = sequence.pool(hidden.by_ref().take(planned.states())) else { continue };
                     live.finish[sequence.choice as usize] = sequence.finish();
                     live.open -= 1;
                     live.permit.shrink_to(live.open);
@@ -452,7 +453,11 @@ impl Engine {
     fn shrink(&mut self, reason: String, outputs: &mut Vec<(RequestId, Output)>) {
         self.calm = 0;
         let tokens: usize = self.plan.iter().map(|planned| planned.count).sum();
-        if tokens > 1 {
+        let cuts = match self.limits.reading {
+            Reading::Causal => tokens > 1,
+            Reading::Whole => self.plan.len() > 1,
+        };
+        if cuts {
             self.budget = tokens / 2;
         } else if let Some(planned) = self.plan.first() {
             let id = self.running[planned.sequence].request;

@@ -35,5 +35,5 @@ pub use handle::{Canceller, Ended, EngineHandle, TokenStream};
 pub use request::{
     CallPart, Choice, Finish, Goal, Output, OutputText, Piece, Pushed, Request, RequestId, TokenLogprobs,
 };
-pub use runner::{ModelLimits, ModelRunner, Regime, RunnerError, StepCounter, TokenId};
+pub use runner::{ModelLimits, ModelRunner, Reading, Regime, RunnerError, StepCounter, TokenId};
 pub use sampling::Sampling;

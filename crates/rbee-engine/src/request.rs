@@ -1,7 +1,7 @@
 //! What goes into the engine and what comes out.
 
 use crate::error::EngineError;
-use crate::runner::{ModelLimits, TokenId};
+use crate::runner::{ModelLimits, Reading, TokenId};
 use crate::sampling::Sampling;
 
 /// Most choices of one request.
@@ -88,7 +88,7 @@ pub enum Goal {
     /// Tokens that go on from it.
     #[default]
     Answer,
-    /// Its embedding: the mean of its tokens' hidden states, of length 1.
+    /// Its embedding: the mean of its tokens' hidden states, of length 1; of a model that reads texts whole, what that makes.
     Embedding,
 }
 
@@ -203,6 +203,7 @@ impl Output {
 pub(crate) struct Spec {
     pub(crate) prompt_tokens: usize,
     pub(crate) goal: Goal,
+    pub(crate) reading: Reading,
     pub(crate) max_tokens: usize,
     pub(crate) min_tokens: usize,
     pub(crate) eos: Vec<TokenId>,
@@ -223,7 +224,12 @@ impl Request {
             return Err(EngineError::invalid("prompt", "is empty"));
         }
         let too_long = || EngineError::ContextLength { prompt, max_tokens: self.max_tokens, context };
-        let left = context.checked_sub(prompt).filter(|left| *left > 0).ok_or_else(too_long)?;
+        if limits.reading == Reading::Whole && self.goal == Goal::Answer {
+            return Err(EngineError::invalid("prompt", "is for models that go on from it; this one only embeds texts"));
+        }
+        // What is read whole leaves no room for tokens of the model's own.
+        let room = context + usize::from(limits.reading == Reading::Whole);
+        let left = room.checked_sub(prompt).filter(|left| *left > 0).ok_or_else(too_long)?;
         let max_tokens = self.max_tokens.unwrap_or(left);
         if max_tokens > left {
             return Err(too_long());
@@ -255,6 +261,7 @@ impl Request {
         Ok(Spec {
             prompt_tokens: prompt,
             goal: self.goal,
+            reading: limits.reading,
             max_tokens,
             min_tokens: self.min_tokens,
             eos: if self.ignore_eos { Vec::new() } else { self.eos.clone() },

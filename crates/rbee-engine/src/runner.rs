@@ -16,6 +16,16 @@ pub type TokenId = u32;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct BlockId(pub u32);
 
+/// How a model reads a text.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub enum Reading {
+    /// Each token sees those before it: a text comes in chunks, over KV, and goes on with tokens of the model's own.
+    #[default]
+    Causal,
+    /// Each token sees all others: a text comes in one chunk, without KV, and becomes an embedding.
+    Whole,
+}
+
 /// What a loaded model can take. Fixed for the runner's life.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ModelLimits {
@@ -25,8 +35,10 @@ pub struct ModelLimits {
     pub context: usize,
     /// Positions per KV block.
     pub block_size: usize,
-    /// KV blocks in the runner's storage.
+    /// KV blocks in the runner's storage; none of a model that reads texts whole.
     pub kv_blocks: usize,
+    /// How texts are read.
+    pub reading: Reading,
 }
 
 /// Consecutive positions of one sequence.
@@ -36,7 +48,7 @@ pub struct Chunk<'a> {
     pub tokens: &'a [TokenId],
     /// Position of the first token; everything before it is in the KV blocks already.
     pub start: usize,
-    /// The sequence's blocks in order, covering at least `start + tokens.len()` positions.
+    /// The sequence's blocks in order, covering at least `start + tokens.len()` positions; none where texts are read whole.
     pub blocks: &'a [BlockId],
     /// The sequence's regime; the same in all its chunks.
     pub regime: Regime,
@@ -64,6 +76,8 @@ pub enum Wanted {
     Logits,
     /// The hidden state of every token, after the last norm.
     Hidden,
+    /// The embedding of the chunk, which is a whole text, as the model makes one: in the place of a single hidden state.
+    Embedding,
 }
 
 /// The input of one step. No sequence appears twice.

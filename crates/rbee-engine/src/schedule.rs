@@ -13,6 +13,17 @@ pub(crate) struct Planned {
     pub(crate) wanted: Wanted,
 }
 
+impl Planned {
+    /// Hidden states that come of it.
+    pub(crate) fn states(&self) -> usize {
+        match self.wanted {
+            Wanted::Hidden => self.count,
+            Wanted::Embedding => 1,
+            Wanted::Nothing | Wanted::Logits => 0,
+        }
+    }
+}
+
 /// How many tokens a step may have.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Bounds {
@@ -30,19 +41,31 @@ pub(crate) struct Bounds {
 ///
 /// A budget below the number of sequences, which only want of memory can cause, goes in single tokens
 /// to those that have waited longest.
+///
+/// Where texts are read whole, the one that was admitted first is computed however long it is, and beside it the shortest that
+/// find room in the budget.
 pub(crate) fn plan(running: &[Sequence], bounds: Bounds, plan: &mut Vec<Planned>) {
     let Bounds { budget, chunk, beside } = bounds;
     plan.clear();
     let part = |sequence: usize, most: usize| {
-        let pending = running[sequence].pending();
-        let count = pending.min(most);
-        let wanted = match running[sequence].embeds() {
-            true => Wanted::Hidden,
-            false if count == pending => Wanted::Logits,
-            false => Wanted::Nothing,
-        };
-        Planned { sequence, count, wanted }
+        let count = running[sequence].pending().min(most);
+        Planned { sequence, count, wanted: running[sequence].wanted(count) }
     };
+    // One model reads all its texts alike.
+    if running.first().is_some_and(Sequence::is_whole) {
+        let mut order: Vec<usize> = (0..running.len()).collect();
+        order[1..].sort_by_key(|i| running[*i].pending());
+        let mut left = budget;
+        for (turn, i) in order.into_iter().enumerate() {
+            let whole = part(i, usize::MAX);
+            if turn > 0 && whole.count > left {
+                break;
+            }
+            left = left.saturating_sub(whole.count);
+            plan.push(whole);
+        }
+        return;
+    }
     if running.len() > budget {
         plan.extend((0..running.len()).map(|i| part(i, 1)));
         plan.sort_by_key(|planned| running[planned.sequence].last_step);

@@ -12,7 +12,7 @@ use crate::error::EngineError;
 use crate::kv::block_pool::{Before, BlockPool, Blocks, Root};
 use crate::logits::History;
 use crate::request::{Finish, Goal, OutputText, Piece, Pushed, RequestId, Spec, TokenLogprobs};
-use crate::runner::{BlockId, TokenId};
+use crate::runner::{BlockId, Reading, TokenId, Wanted};
 use crate::sampling::{Draw, Sampler};
 
 pub(crate) struct Sequence {
@@ -114,6 +114,9 @@ impl Sequence {
     /// Takes blocks for all its tokens and the next one, of which those that hold its beginning need not be computed.
     /// Gives how many tokens that are; `None`, and nothing taken, when there are too few blocks.
     pub(crate) fn admit(&mut self, pool: &BlockPool, size: usize) -> Option<usize> {
+        if self.is_whole() {
+            return Some(0);
+        }
         // The last token is always computed: its logits are wanted. Of an embedding every token's state is.
         let most = if self.embeds() { 0 } else { (self.tokens.len() - 1) / size };
         let (mut blocks, contents) = pool.find(self.root, &self.tokens, size, most);
@@ -129,7 +132,7 @@ impl Sequence {
     /// Takes blocks for `count` more tokens; false, and nothing taken, when there are too few.
     pub(crate) fn grow(&mut self, count: usize, size: usize) -> bool {
         let end = self.computed + count;
-        self.blocks.as_mut().is_some_and(|blocks| blocks.grow(end.div_ceil(size)))
+        self.is_whole() || self.blocks.as_mut().is_some_and(|blocks| blocks.grow(end.div_ceil(size)))
     }
 
     /// Gives all blocks back, to be computed again.
@@ -147,9 +150,9 @@ impl Sequence {
         !self.recomputes && !other.recomputes && self.computed < self.spec.prompt_tokens
     }
 
-    /// Its blocks, while it runs.
-    pub(crate) fn blocks(&self) -> &[BlockId] {
-        self.blocks.as_ref().map_or(&[], |blocks| blocks.ids())
+    /// Its blocks for so many positions, while it runs.
+    pub(crate) fn blocks(&self, positions: usize, size: usize) -> &[BlockId] {
+        self.blocks.as_ref().map_or(&[], |blocks| &blocks.ids()[..positions.div_ceil(size)])
     }
 
     /// The next `count` tokens to compute and the position of the first.
@@ -172,8 +175,28 @@ impl Sequence {
         self.spec.goal == Goal::Embedding
     }
 
+    /// Whether it is computed in one piece, without KV.
+    pub(crate) fn is_whole(&self) -> bool {
+        self.spec.reading == Reading::Whole
+    }
+
+    /// What is wanted of its next `count` tokens.
+    pub(crate) fn wanted(&self, count: usize) -> Wanted {
+        match (self.embeds(), self.spec.reading) {
+            (true, Reading::Whole) => Wanted::Embedding,
+            (true, Reading::Causal) => Wanted::Hidden,
+            (false, _) if count == self.pending() => Wanted::Logits,
+            (false, _) => Wanted::Nothing,
+        }
+    }
+
     /// Takes the hidden states of the tokens just computed; the embedding and its end, with those of the last.
-    pub(crate) fn pool<'h>(&mut self, rows: impl Iterator<Item = &'h [f32]>) -> Option<Vec<f32>> {
+    pub(crate) fn pool<'h>(&mut self, mut rows: impl Iterator<Item = &'h [f32]>) -> Option<Vec<f32>> {
+        if self.is_whole() {
+            let values = rows.next()?.to_vec();
+            self.finish = Some(Finish::Stop);
+            return Some(values);
+        }
         for row in rows {
             self.pooled.resize(row.len(), 0.0);
             self.pooled.iter_mut().zip(row).for_each(|(sum, value)| *sum += f64::from(*value));

@@ -6,7 +6,9 @@
 //! block table at each step: a wrong table, position or chunk gives wrong tokens or an error.
 
 use crate::request::{OutputText, Piece, Pushed};
-use crate::runner::{BlockId, Logits, ModelLimits, ModelRunner, RunnerError, StepBatch, StepCounter, TokenId, Wanted};
+use crate::runner::{
+    BlockId, Logits, ModelLimits, ModelRunner, Reading, RunnerError, StepBatch, StepCounter, TokenId, Wanted,
+};
 
 /// The end-of-sequence id.
 pub const EOS: TokenId = 0;
@@ -168,7 +170,7 @@ impl SimRunner {
         pace: Box<dyn FnMut(Work) + Send>,
     ) -> Self {
         assert!(model.vocab > FIRST_WORD as usize, "a vocabulary without words");
-        let limits = ModelLimits { vocab: model.vocab, context, block_size, kv_blocks };
+        let limits = ModelLimits { vocab: model.vocab, context, block_size, kv_blocks, reading: Reading::Causal };
         Self { model, kv: vec![None; block_size * kv_blocks], limits, pace, steps }
     }
 

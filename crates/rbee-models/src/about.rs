@@ -1,6 +1,6 @@
 //! What is known of a loaded model besides what it computes.
 
-use rbee_engine::runner::{ModelLimits, Regime, RunnerError, StepBatch};
+use rbee_engine::runner::{ModelLimits, Regime, RunnerError, StepBatch, Wanted};
 use rbee_weights::config::{GenerationDefaults, ModelConfig};
 use rbee_weights::needs::Needs;
 use sha2::{Digest, Sha256};
@@ -32,11 +32,16 @@ impl About {
         digest: String,
         numerics: &str,
     ) -> Self {
-        let facts = format!("{} {numerics} {digest} {config:?}", env!("CARGO_PKG_VERSION"));
-        let numerics_id = Sha256::digest(facts).iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+        let numerics_id = numerics_id(&format!("{numerics} {digest} {config:?}"));
         let eos = if generation.eos.is_empty() { &config.eos } else { &generation.eos }.clone();
         Self { generation, unknown_keys: config.unknown.clone(), eos, needs, digest, numerics_id }
     }
+}
+
+/// The id of all that the bits of a result hang on.
+pub(crate) fn numerics_id(facts: &str) -> String {
+    let facts = format!("{} {facts}", env!("CARGO_PKG_VERSION"));
+    Sha256::digest(facts).iter().take(8).map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// The regime of a text whose prompt has so many tokens.
@@ -49,10 +54,11 @@ pub(crate) fn regime(config: &ModelConfig, prompt: usize) -> Regime {
 
 /// Refuses a batch that would read or write outside what there is: the engine never makes one.
 pub(crate) fn check(limits: &ModelLimits, batch: &StepBatch<'_>) -> Result<(), RunnerError> {
-    let ModelLimits { vocab, context, block_size, kv_blocks } = *limits;
+    let ModelLimits { vocab, context, block_size, kv_blocks, .. } = *limits;
     for chunk in &batch.chunks {
         let end = chunk.start.saturating_add(chunk.tokens.len());
         let sound = !chunk.tokens.is_empty()
+            && chunk.wanted != Wanted::Embedding
             && end <= context
             && chunk.blocks.len() * block_size >= end
             && chunk.blocks.iter().all(|block| (block.0 as usize) < kv_blocks)

@@ -12,7 +12,8 @@ use rbee_weights::gguf::{GgmlType, Gguf, check_split};
 use crate::arch::Plan;
 use crate::error::Error;
 use crate::files::{ModelFiles, WeightBytes};
-use crate::loader::{Opened, Pairs, Place, Quantize, WeightFile};
+use crate::loader::Opened;
+use crate::weights::{Pairs, Place, Quantize, WeightFile, Weights};
 
 /// What `read` makes of the metadata, which are those of the first file; `None` for files of another kind.
 ///
@@ -53,7 +54,8 @@ pub(crate) fn open(files: &ModelFiles, names: &[String], quantize: Option<Quanti
     let files = names.iter().zip(bytes).zip(headers);
     let files =
         files.map(|((name, bytes), header)| WeightFile { name: name.clone(), header: header.min(bytes.len()), bytes });
-    Ok(Opened { config, generation: GenerationDefaults::default(), plan, files: files.collect(), tensors, quantize })
+    let weights = Weights { files: files.collect(), tensors, quantize };
+    Ok(Opened { config, generation: GenerationDefaults::default(), plan, weights })
 }
 
 /// Where the plan's tensors are, each in its shape.

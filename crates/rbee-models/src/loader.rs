@@ -1,29 +1,29 @@
 //! Checked bytes into packed weights, and what a model needs before any of it is read.
 
-use std::borrow::Cow;
 use std::collections::HashMap;
-use std::str::FromStr;
+use std::ops::Deref;
 use std::sync::Arc;
 
+use rbee_kernels::WeightType;
 use rbee_kernels::attention::BLOCK;
 use rbee_kernels::candle::{Compute, GateMul, Linear, RmsNorm};
 use rbee_kernels::ops::Gate;
-use rbee_kernels::packed::widen;
-use rbee_kernels::{Kept, Packed, Quantization, WeightType};
 use rbee_weights::Error as FileError;
+use rbee_weights::config::encoder::EncoderFamily;
 use rbee_weights::config::{Activation, GenerationDefaults, Mlp, ModelConfig};
 use rbee_weights::needs::{Needs, Positions, needs};
 use rbee_weights::safetensors::{Dtype, Index, Shards, header_len};
-use sha2::{Digest, Sha256};
 
-use crate::arch::{GatedPlan, Matrix, MlpPlan, NormPlan, Plan, Role, is_spare};
+use crate::arch::{GatedPlan, MlpPlan, NormPlan, Plan, is_spare};
 use crate::decoder::{Decoder, Layer};
+use crate::encoder;
 use crate::error::Error;
-use crate::files::{ModelFiles, WeightBytes};
+use crate::files::ModelFiles;
 use crate::gguf;
 use crate::kv::{KvType, bytes_per_token};
 use crate::mlp::{Experts, Gated, MlpLayer};
 use crate::runner::RunnerOptions;
+use crate::weights::{Place, Quantize, WeightFile, Weights};
 
 const SINGLE: &str = "model.safetensors";
 
@@ -33,85 +33,41 @@ const DEFAULT_CONTEXT: usize = 4096;
 /// Tokens of a step that scratch memory is counted for.
 const STEP_TOKENS: u64 = 512;
 
-/// Weight files up to this long go into the digest whole.
-const WHOLE: usize = 64 << 20;
-
-/// Of longer ones, the first [`PAGE`] bytes of every so many.
-const STRIDE: usize = 64 << 10;
-
-const PAGE: usize = 4 << 10;
-
-/// What matrices are kept in when the files' own type is too large.
-///
-/// Routers keep their type: they are small, and which expert a row goes to hangs on small differences. So does any matrix
-/// whose rows are not whole blocks of 32.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub enum Quantize {
-    /// 8.5 bits per weight.
-    Q8_0,
-    /// 4.6 bits per weight; 8.5 for embedding and head, and where rows are not whole blocks of 256.
-    Q4K,
-}
-
-impl FromStr for Quantize {
-    type Err = Error;
-    fn from_str(text: &str) -> Result<Self, Error> {
-        match text {
-            "q8_0" => Ok(Self::Q8_0),
-            "q4_k" => Ok(Self::Q4K),
-            _ => Err(Error::Option(format!("quantization `{}` is not q8_0 or q4_k", text.escape_debug()))),
-        }
-    }
-}
-
 /// The config and the checked headers of a model's files: every tensor of the plan is there in its shape, and no other.
 pub(crate) struct Opened {
     pub(crate) config: ModelConfig,
     pub(crate) generation: GenerationDefaults,
     pub(crate) plan: Plan,
-    pub(crate) files: Vec<WeightFile>,
-    pub(crate) tensors: HashMap<String, Place>,
-    pub(crate) quantize: Option<Quantize>,
+    pub(crate) weights: Weights,
 }
 
-/// A file of weights.
-pub(crate) struct WeightFile {
-    pub(crate) name: String,
-    /// Bytes at its beginning that say what all the rest means.
-    pub(crate) header: usize,
-    pub(crate) bytes: WeightBytes,
+impl Deref for Opened {
+    type Target = Weights;
+    fn deref(&self) -> &Weights {
+        &self.weights
+    }
 }
 
-/// Where a tensor is.
-#[derive(Clone, Copy)]
-pub(crate) struct Place {
-    pub(crate) file: usize,
-    pub(crate) start: usize,
-    pub(crate) len: usize,
-    pub(crate) kind: WeightType,
-    pub(crate) pairs: Option<Pairs>,
+/// What a model is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// It goes on from a text: [`load`](crate::load).
+    Decoder,
+    /// It makes embeddings of texts: [`load_encoder`](crate::load_encoder).
+    Encoder,
 }
 
-/// Rows that stand as neighbouring rotary pairs within each head: row `2i` of a head of `n` rows is our row `i`, and row
-/// `2i + 1` is our row `i + n / 2`.
-#[derive(Clone, Copy)]
-pub(crate) struct Pairs {
-    pub(crate) heads: usize,
-    /// Of all heads together.
-    pub(crate) rows: usize,
-}
-
-impl Pairs {
-    /// The bytes with the rows in our order.
-    fn sorted(self, bytes: &[u8]) -> Vec<u8> {
-        let (row, head) = (bytes.len() / self.rows, self.rows / self.heads);
-        let mut out = Vec::with_capacity(bytes.len());
-        for of_head in bytes.chunks_exact(head * row) {
-            for first in 0..2 {
-                of_head.chunks_exact(row).skip(first).step_by(2).for_each(|bytes| out.extend_from_slice(bytes));
-            }
-        }
-        out
+impl Kind {
+    /// The kind of a model by its `config.json`.
+    ///
+    /// # Errors
+    /// When that cannot be read; one that is damaged counts as a decoder's, and is refused when it is loaded.
+    pub fn of(files: &ModelFiles) -> Result<Self, Error> {
+        let config = files.small("config.json")?;
+        Ok(match config.and_then(|bytes| EncoderFamily::of(&bytes)) {
+            Some(_) => Self::Encoder,
+            None => Self::Decoder,
+        })
     }
 }
 
@@ -136,6 +92,14 @@ fn open_folder(files: &ModelFiles, quantize: Option<Quantize>) -> Result<Opened,
         Some(bytes) => GenerationDefaults::parse(&bytes)?,
         None => GenerationDefaults::default(),
     };
+    let (files_read, indexes) = headers(files)?;
+    let plan = Plan::of(&config);
+    let tensors = places(plan.tensors(), |name| is_spare(&config, name), &files_read, indexes)?;
+    Ok(Opened { config, generation, plan, weights: Weights { files: files_read, tensors, quantize } })
+}
+
+/// The weight files of a folder and their checked headers.
+pub(crate) fn headers(files: &ModelFiles) -> Result<(Vec<WeightFile>, Vec<Index>), Error> {
     let shards = files.small(Shards::FILE)?.map(|bytes| Shards::parse(&bytes)).transpose()?;
     let names = shards.as_ref().map_or_else(|| vec![SINGLE.to_owned()], |shards| shards.files.clone());
     let (mut files_read, mut indexes) = (Vec::new(), Vec::new());
@@ -150,15 +114,13 @@ fn open_folder(files: &ModelFiles, quantize: Option<Quantize>) -> Result<Opened,
     if let Some(shards) = &shards {
         shards.check(&indexes.iter().collect::<Vec<_>>())?;
     }
-    let plan = Plan::of(&config);
-    let tensors = places(&config, &plan, &files_read, indexes)?;
-    Ok(Opened { config, generation, plan, files: files_read, tensors, quantize })
+    Ok((files_read, indexes))
 }
 
 /// Where the plan's tensors are, each in its shape and in a type we compute with.
-fn places(
-    config: &ModelConfig,
-    plan: &Plan,
+pub(crate) fn places(
+    tensors: Vec<(String, Vec<usize>)>,
+    spare: impl Fn(&str) -> bool,
     files: &[WeightFile],
     indexes: Vec<Index>,
 ) -> Result<HashMap<String, Place>, FileError> {
@@ -167,7 +129,7 @@ fn places(
         there.extend(index.tensors.into_iter().map(|(name, info)| (name, (file, info))));
     }
     let mut places = HashMap::new();
-    for (name, shape) in plan.tensors() {
+    for (name, shape) in tensors {
         let Some((file, info)) = there.remove(&name) else {
             return Err(FileError::corrupt(&files[0].name, format!("tensor `{name}` is missing")));
         };
@@ -190,7 +152,7 @@ fn places(
     }
     // A tensor without a use would have changed the result for whoever made it: a bias that the config denies, the norms of
     // another architecture.
-    let extra = there.iter().filter(|(name, _)| !is_spare(config, name)).min_by_key(|(name, _)| name.as_str());
+    let extra = there.iter().filter(|(name, _)| !spare(name)).min_by_key(|(name, _)| name.as_str());
     match extra {
         None => Ok(places),
         Some((name, (file, _))) => {
@@ -205,6 +167,9 @@ fn places(
 /// # Errors
 /// When the files cannot be read or are damaged.
 pub fn inspect(files: &ModelFiles, options: &RunnerOptions) -> Result<Needs, Error> {
+    if Kind::of(files)? == Kind::Encoder {
+        return encoder::runner::inspect(files, options);
+    }
     let opened = open(files, options.quantize)?;
     let context = opened.context(options.context)?;
     let kv_type = opened.kv_type(options.kv_type);
@@ -257,73 +222,6 @@ impl Opened {
         let kv = bytes_per_token(&self.config, kv_type);
         let weights = packed.sum::<u64>() + 4 * self.plan.vectors() as u64;
         needs(&self.config, weights, kv, context as u64, positions, STEP_TOKENS)
-    }
-
-    fn place(&self, name: &str) -> Place {
-        *self.tensors.get(name).expect("all tensors of the plan were found when the files were opened")
-    }
-
-    /// The bytes of a tensor of the plan, its rows in our order, and their type.
-    pub(crate) fn tensor(&self, name: &str) -> (WeightType, Cow<'_, [u8]>) {
-        let place = self.place(name);
-        let bytes = &self.files[place.file].bytes[place.start..place.start + place.len];
-        (place.kind, place.pairs.map_or(Cow::Borrowed(bytes), |pairs| Cow::Owned(pairs.sorted(bytes))))
-    }
-
-    pub(crate) fn not_finite(&self, name: &str) -> Error {
-        let file = &self.files[self.place(name).file].name;
-        FileError::corrupt(file, format!("tensor `{name}` holds values that are not numbers, or too large")).into()
-    }
-
-    /// What a matrix is kept in, if not in its own type.
-    fn quantization(&self, matrix: &Matrix) -> Option<Quantization> {
-        let asked = self.quantize.filter(|_| matrix.role != Role::Router)?;
-        let form = match asked {
-            Quantize::Q4K if matrix.role == Role::Inner && matrix.inputs.is_multiple_of(Quantization::Q4K.block()) => {
-                Quantization::Q4K
-            }
-            Quantize::Q4K | Quantize::Q8_0 => Quantization::Q8_0,
-        };
-        matrix.inputs.is_multiple_of(form.block()).then_some(form)
-    }
-
-    /// What a matrix is kept in: with the fewer bits of what the files have and what is asked for.
-    fn kept(&self, matrix: &Matrix) -> Kept {
-        let own = Kept::of(matrix.parts.iter().map(|(name, _)| self.place(name).kind));
-        let bytes = |kept: &Kept| kept.bytes(matrix.outputs() as u64, matrix.inputs as u64);
-        let asked = self.quantization(matrix).map(Kept::Quantized).filter(|asked| bytes(asked) < bytes(&own));
-        asked.unwrap_or(own)
-    }
-
-    /// A matrix, packed.
-    fn packed(&self, matrix: &Matrix, compute: &Compute) -> Result<Packed, Error> {
-        let parts: Vec<_> = matrix.parts.iter().map(|(name, _)| self.tensor(name)).collect();
-        let parts: Vec<_> = parts.iter().map(|(kind, bytes)| (*kind, &**bytes)).collect();
-        let packed = match self.kept(matrix) {
-            Kept::Quantized(form) => compute.quantized(form, &parts, matrix.inputs),
-            Kept::F32 | Kept::F16 | Kept::Bf16 => Packed::new(&parts, matrix.inputs),
-        };
-        packed.map_err(|_| self.not_finite(&matrix.parts[0].0))
-    }
-
-    /// A vector as f32.
-    pub(crate) fn vector(&self, name: &str) -> Result<Vec<f32>, Error> {
-        let (kind, bytes) = self.tensor(name);
-        widen(kind, &bytes).map_err(|_| self.not_finite(name))
-    }
-
-    /// The biases of a matrix, if it has some.
-    pub(crate) fn bias(&self, matrix: &Matrix) -> Result<Option<Vec<f32>>, Error> {
-        let mut bias = Vec::new();
-        for (name, _) in matrix.biases() {
-            bias.extend(self.vector(&name)?);
-        }
-        Ok(matrix.biased.then_some(bias))
-    }
-
-    fn linear(&self, matrix: &Matrix, compute: &Compute) -> Result<Linear, Error> {
-        let (bias, weights) = (self.bias(matrix)?, Arc::new(self.packed(matrix, compute)?));
-        Ok(Linear { weights, bias, compute: compute.clone() })
     }
 
     /// A norm's weights as they are multiplied with.
@@ -395,31 +293,5 @@ impl Opened {
         each(total, total);
         let head = Linear { weights: head, bias: None, compute: compute.clone() };
         Ok(Decoder { embedding, layers, norm: self.norm(&self.plan.norm, compute)?, head })
-    }
-
-    /// Bytes of all files of weights.
-    pub(crate) fn bytes(&self) -> u64 {
-        self.files.iter().map(|file| file.bytes.len() as u64).sum()
-    }
-
-    /// Digest of the weights: name, length and content of each file. Of a large file 4 KiB in every 64 KiB: whatever
-    /// changes a tensor as a whole, as training and merging do, changes some of it, and reading it is no second load.
-    pub(crate) fn digest(&self) -> String {
-        let mut hash = Sha256::new();
-        for WeightFile { name, header, bytes } in &self.files {
-            hash.update((name.len() as u64).to_le_bytes());
-            hash.update(name.as_bytes());
-            hash.update((bytes.len() as u64).to_le_bytes());
-            if bytes.len() <= WHOLE {
-                hash.update(&**bytes);
-                continue;
-            }
-            // The header is not sampled: it says what all the rest means.
-            hash.update(&bytes[..*header]);
-            for stretch in bytes.chunks(STRIDE) {
-                hash.update(&stretch[..PAGE.min(stretch.len())]);
-            }
-        }
-        hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()
     }
 }

@@ -4,7 +4,9 @@ use std::sync::{Mutex, PoisonError};
 
 use candle_core::Tensor;
 use half::{bf16, f16};
-use rbee_engine::runner::{Logits, ModelLimits, ModelRunner, Regime, RunnerError, StepBatch, StepCounter, Wanted};
+use rbee_engine::runner::{
+    Logits, ModelLimits, ModelRunner, Reading, Regime, RunnerError, StepBatch, StepCounter, Wanted,
+};
 use rbee_kernels::Isa;
 use rbee_kernels::attention::{BLOCK, PARTIAL};
 use rbee_kernels::candle::Compute;
@@ -16,7 +18,8 @@ use crate::decoder::{Decoder, Pass, Ropes, rows};
 use crate::error::Error;
 use crate::files::ModelFiles;
 use crate::kv::{KvStore, KvType, bytes_per_token};
-use crate::loader::{self, Opened, Quantize};
+use crate::loader::{self, Opened};
+use crate::weights::Quantize;
 
 /// Rises with every change of the arithmetic: it is part of the numerics id.
 const NUMERICS: u32 = 3;
@@ -74,15 +77,13 @@ pub fn load(
     progress: &dyn Fn(u64, u64),
 ) -> Result<CandleRunner, Error> {
     let isa = isa(options.isa.as_deref())?;
-    if options.threads > MAX_THREADS {
-        return Err(Error::Option(format!("{} threads are more than {MAX_THREADS}", options.threads)));
-    }
+    let threads = threads(options)?;
     let opened: Opened = loader::open(files, options.quantize)?;
     let context = opened.context(options.context)?;
     let kv_type = opened.kv_type(options.kv_type);
     let blocks = opened.kv_blocks(context, options, bytes_per_token(&opened.config, kv_type))?;
     let needs = opened.needs(context, blocks, kv_type);
-    let compute = Compute::new(options.threads.max(1), isa);
+    let compute = Compute::new(threads, isa);
     let decoder = opened.decoder(&compute, progress)?;
     let digest = opened.digest();
     let Opened { config, generation, .. } = opened;
@@ -96,7 +97,13 @@ pub fn load(
     let numerics = format!("{NUMERICS} f32 {:?} {kv_type:?} {PARTIAL}", options.quantize);
     let about = About::new(&config, generation, needs, digest, &numerics);
     Ok(CandleRunner {
-        limits: ModelLimits { vocab: config.vocab, context, block_size: BLOCK, kv_blocks: blocks },
+        limits: ModelLimits {
+            vocab: config.vocab,
+            context,
+            block_size: BLOCK,
+            kv_blocks: blocks,
+            reading: Reading::Causal,
+        },
         ropes: Ropes::new(&config, context),
         config,
         decoder,
@@ -107,8 +114,18 @@ pub fn load(
     })
 }
 
+/// The threads that are asked for.
+pub(crate) fn threads(options: &RunnerOptions) -> Result<usize, Error> {
+    match options.threads {
+        threads if threads > MAX_THREADS => {
+            Err(Error::Option(format!("{threads} threads are more than {MAX_THREADS}")))
+        }
+        threads => Ok(threads.max(1)),
+    }
+}
+
 /// The instruction set that is asked for, else the widest.
-fn isa(asked: Option<&str>) -> Result<Isa, Error> {
+pub(crate) fn isa(asked: Option<&str>) -> Result<Isa, Error> {
     let Some(name) = asked else { return Ok(Isa::detect()) };
     match Isa::named(name) {
         Some(isa) if isa.is_here() => Ok(isa),
@@ -177,7 +194,8 @@ impl ModelRunner for CandleRunner {
             let first = row;
             row += chunk.tokens.len() as u32;
             match chunk.wanted {
-                Wanted::Nothing => {}
+                // A decoder makes no embedding of its own; `check` refuses it.
+                Wanted::Nothing | Wanted::Embedding => {}
                 Wanted::Logits => wanted.push(row - 1),
                 Wanted::Hidden => states.extend(first..row),
             }

@@ -65,6 +65,8 @@ struct Plan<'d> {
     per_token: Vec<&'d DecoderWrapper>,
     /// A sentencepiece mark that stands for a space.
     metaspace: Option<char>,
+    /// What a token begins with that goes on with the word before it; all others begin a word.
+    continues: Option<&'d str>,
     /// `<0x0A>` is a byte.
     byte_fallback: bool,
     /// The token is written in the 256 letters of byte-level BPE.
@@ -80,8 +82,14 @@ impl<'d> Plan<'d> {
             Some(single) => steps.push(single),
             None => return Err(unsupported("it has no decoder")),
         }
-        let mut plan =
-            Plan { per_token: Vec::new(), metaspace: None, byte_fallback: false, byte_level: false, strip: 0 };
+        let mut plan = Plan {
+            per_token: Vec::new(),
+            metaspace: None,
+            continues: None,
+            byte_fallback: false,
+            byte_level: false,
+            strip: 0,
+        };
         let mut joined = false;
         for step in steps {
             let bytes_already = plan.byte_fallback || plan.byte_level;
@@ -103,6 +111,11 @@ impl<'d> Plan<'d> {
                         PrependScheme::First | PrependScheme::Always => 1,
                     };
                 }
+                // The spaces that it would take from before punctuation stay: models with such tokens write no text.
+                DecoderWrapper::WordPiece(words) => {
+                    plan.continues = Some(&words.prefix);
+                    plan.strip = 1;
+                }
                 DecoderWrapper::ByteFallback(_) => plan.byte_fallback = true,
                 DecoderWrapper::ByteLevel(_) => {
                     plan.byte_level = true;
@@ -122,6 +135,9 @@ impl<'d> Plan<'d> {
         }
         if let Some(mark) = self.metaspace {
             text = text.replace(mark, " ");
+        }
+        if let Some(prefix) = self.continues {
+            text = text.strip_prefix(prefix).map_or_else(|| format!(" {text}"), str::to_owned);
         }
         if self.byte_fallback
             && let Some(byte) = fallback_byte(&text)

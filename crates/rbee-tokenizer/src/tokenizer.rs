@@ -51,8 +51,8 @@ pub struct Tokenizer {
     guard: Guard,
     /// The id that stands for unknown text; control by name, but harmless.
     unknown: Option<TokenId>,
-    /// What the post-processor puts before a raw prompt, such as a BOS id.
-    prompt_prefix: Vec<TokenId>,
+    /// What the post-processor puts before a text, such as a BOS id, and behind it.
+    around: (Vec<TokenId>, Vec<TokenId>),
     /// The context in tokens, and the most bytes that a text within it can have.
     bound: Option<(usize, usize)>,
 }
@@ -109,14 +109,14 @@ impl Tokenizer {
             (0..span as TokenId).map(|id| added.simple_id_to_token(id).or_else(|| inner.get_model().id_to_token(id))),
             inner.get_decoder(),
         )?;
-        let prompt_prefix = prompt_prefix(&inner, span)?;
+        let around = around(&inner, span)?;
         let mut tokenizer = Tokenizer {
             unknown: unknown_id(inner.get_model()),
             inner,
             pieces: Arc::new(pieces),
             control: Arc::default(),
             guard: Guard::new([])?,
-            prompt_prefix,
+            around,
             bound: None,
         };
         tokenizer.set_control(control)?;
@@ -219,8 +219,18 @@ impl Tokenizer {
     /// # Errors
     /// As [`Tokenizer::encode`].
     pub fn encode_prompt(&self, text: &str, specials: Specials) -> Result<Vec<TokenId>, Error> {
-        let mut ids = self.prompt_prefix.clone();
+        let mut ids = self.around.0.clone();
         ids.extend(self.encode(text, specials)?);
+        Ok(ids)
+    }
+
+    /// The ids of a text that is complete, written by a user: with all that the tokenizer puts around one, such as `[CLS]` and `[SEP]`.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_whole(&self, text: &str) -> Result<Vec<TokenId>, Error> {
+        let mut ids = self.encode_prompt(text, Specials::AsText)?;
+        ids.extend(&self.around.1);
         Ok(ids)
     }
 
@@ -350,20 +360,16 @@ fn check_ids(inner: &tokenizers::Tokenizer, declared: &Declared) -> Result<usize
     Ok(span)
 }
 
-/// The ids that the post-processor puts before a text.
-fn prompt_prefix(inner: &tokenizers::Tokenizer, span: usize) -> Result<Vec<TokenId>, Error> {
+/// The ids that the post-processor puts before and behind a text.
+fn around(inner: &tokenizers::Tokenizer, span: usize) -> Result<(Vec<TokenId>, Vec<TokenId>), Error> {
     let encoding = inner.encode("a", true).map_err(|e| corrupt(&e.to_string()))?;
-    let prefix: Vec<TokenId> = encoding
-        .get_ids()
-        .iter()
-        .zip(encoding.get_special_tokens_mask())
-        .take_while(|&(_, &special)| special == 1)
-        .map(|(&id, _)| id)
-        .collect();
-    match encoding.get_ids().iter().find(|&&id| id as usize >= span) {
-        Some(&id) => Err(Error::UnknownId { id, vocab: span }),
-        None => Ok(prefix),
+    let (ids, special) = (encoding.get_ids(), encoding.get_special_tokens_mask());
+    if let Some(&id) = ids.iter().find(|&&id| id as usize >= span) {
+        return Err(Error::UnknownId { id, vocab: span });
     }
+    let before = special.iter().take_while(|special| **special == 1).count();
+    let behind = special[before..].iter().rev().take_while(|special| **special == 1).count();
+    Ok((ids[..before].to_vec(), ids[ids.len() - behind..].to_vec()))
 }
 
 fn unknown_id(model: &ModelWrapper) -> Option<TokenId> {

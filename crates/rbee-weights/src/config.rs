@@ -4,10 +4,12 @@
 //! family's own defaults where a key is missing, as transformers has them. Unknown values of known keys are errors; keys that
 //! are known to change nothing are passed over; all others are named in [`ModelConfig::unknown`].
 
+pub mod encoder;
 mod family;
 mod generation;
 mod reader;
 mod rope;
+pub mod sentence;
 
 use serde_json::Value;
 
@@ -280,9 +282,7 @@ impl ModelConfig {
             unknown: Vec::new(),
         };
         let unknown = read.unread().filter(|key| !HARMLESS.contains(&key.as_str()));
-        // A note is for a person to read.
-        let shown = unknown.take(32).map(|key| key.chars().take(64).collect::<String>().escape_debug().to_string());
-        Ok(Self { unknown: shown.collect(), ..config })
+        Ok(Self { unknown: unknown.take(32).map(|key| shown(key)).collect(), ..config })
     }
 
     /// The widest that a layer's MLP gets, gate and up together, for the experts of one row.
@@ -298,6 +298,11 @@ impl ModelConfig {
     pub fn regime_length(&self) -> Option<usize> {
         self.ropes.iter().find_map(Rope::original)
     }
+}
+
+/// A text of a file as a person may read it.
+fn shown(text: &str) -> String {
+    text.chars().take(64).collect::<String>().escape_debug().to_string()
 }
 
 /// The reference takes parts of both then, and which depends on its release.

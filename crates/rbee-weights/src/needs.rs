@@ -1,6 +1,7 @@
 //! Bytes that a model needs, from its own header and config.
 
 use crate::config::ModelConfig;
+use crate::config::encoder::EncoderConfig;
 
 /// What a load needs on its device, in bytes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -51,6 +52,17 @@ pub fn needs(
     // A hostile config can ask for more than there are numbers for; it is refused for its size then.
     let scratch = [rope, rows, logits].into_iter().fold(PROCESS, u64::saturating_add);
     Needs::of(weights, kv_per_token, context, positions, scratch)
+}
+
+/// What an encoder needs with weights of `weights` bytes, texts of up to `context` tokens, and steps of `step_tokens` tokens or one such
+/// text. It has no KV.
+pub fn encoder_needs(config: &EncoderConfig, weights: u64, context: u64, step_tokens: u64) -> Needs {
+    let EncoderConfig { hidden, width, .. } = *config;
+    let rows = step_tokens.max(context).saturating_mul(4 * (8 * hidden + width) as u64);
+    // Keys and values of a head of a text on each thread: of a whole text, with as many threads as heads.
+    let heads = context.saturating_mul(8 * hidden as u64);
+    let scratch = PROCESS.saturating_add(rows).saturating_add(heads);
+    Needs::of(weights, 0, context, Positions { one: 0, all: 0 }, scratch)
 }
 
 impl Needs {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rbee_engine::{CallPart, ModelRunner, OutputText, Piece, Pushed, StepCounter, TokenId};
-use rbee_models::{About, Error, ModelFiles, Needs, RunnerOptions};
+use rbee_models::{About, Error, Kind, ModelFiles, Needs, RunnerOptions};
 use rbee_tokenizer::{
     AnswerForm, AnswerReader, Chat, ChatTemplate, Controls, Error as TextError, GenerationPrompt, Most, Specials,
     Start, StopMatcher, TextStream, Tokenizer, TokenizerConfig, message,
@@ -61,7 +61,7 @@ pub(super) fn files_error(model: &ModelRef, error: &Error) -> ErrorBody {
         Error::NotFound(_) => ErrorBody::new(ErrorCode::ModelNotFound, message),
         Error::Files(inner) => match inner {
             rbee_models::FileError::Unsupported { .. } => ErrorBody::new(ErrorCode::ModelLoadFailed, message)
-                .with_hint("docs/models.md lists what runs: folders in f32, f16 or bf16 and GGUF files of twelve model families"),
+                .with_hint("docs/models.md lists what runs: folders in f32, f16 or bf16 and GGUF files of twelve model families, and encoders for embeddings"),
             _ => ErrorBody::new(ErrorCode::ModelCorrupt, message).with_hint(corrupt),
         },
         Error::Refused { .. } | Error::Tensor { .. } => {
@@ -118,6 +118,10 @@ impl Computes {
     fn inspect(self, files: &ModelFiles, options: &RunnerOptions) -> Result<Needs, Error> {
         match self {
             Self::OnCpu => rbee_models::inspect(files, options),
+            #[cfg(feature = "cuda")]
+            Self::OnGpu if Kind::of(files)? == Kind::Encoder => Err(Error::Device(
+                "it is an embedding model, which this build computes on the CPU only: use --device cpu".into(),
+            )),
             #[cfg(feature = "cuda")]
             Self::OnGpu => rbee_models::inspect_cuda(files, options),
         }
@@ -228,7 +232,13 @@ pub(super) fn load(
     // All that is parsed comes first, within bounds: a folder that is not a model's is refused before gigabytes are read.
     let parsed = crate::memory::bounded(parse_bound(model, &files)?, || parse(computes, model, &files, &options))?;
     let each = |done, total| progress(LoadProgress { stage: "load".into(), done, total, unit: "bytes".into() });
+    let kind = Kind::of(&files).map_err(failed)?;
     let (runner, about, taken): (Box<dyn ModelRunner>, About, u64) = match computes {
+        Computes::OnCpu if kind == Kind::Encoder => {
+            let runner = rbee_models::load_encoder(&files, &options, steps, &each).map_err(failed)?;
+            let about = runner.about().clone();
+            (Box::new(runner), about, 0)
+        }
         Computes::OnCpu => {
             let runner = rbee_models::load(&files, &options, steps, &each).map_err(failed)?;
             let about = runner.about().clone();
@@ -374,7 +384,7 @@ impl TextSide for ModelText {
     }
 
     fn embedded(&self, text: &str) -> Result<Vec<TokenId>, ErrorBody> {
-        self.tokenizer.encode_prompt(text, Specials::AsText).map_err(|error| refused(&error))
+        self.tokenizer.encode_whole(text).map_err(|error| refused(&error))
     }
 
     fn tokenize(&self, text: &str) -> Result<Vec<TokenId>, ErrorBody> {

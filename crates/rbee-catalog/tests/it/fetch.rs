@@ -35,6 +35,29 @@ fn a_model_lies_in_the_cache_as_the_hubs_tools_would_have_put_it() {
     assert!(all_below(&place.repo_folder()).iter().all(|path| !path.contains("rbee-part") && !path.contains("new-")));
 }
 
+/// A pooling stands where `modules.json` says, whose number is its place; weights of other formats stay where they are.
+#[test]
+fn an_embedding_model_comes_with_what_it_declares() {
+    let place = Place::new();
+    let repo = HubRepo::new()
+        .model(1, 1000)
+        .file("modules.json", "[]")
+        .file("sentence_bert_config.json", "{}")
+        .file("config_sentence_transformers.json", "{}")
+        .file("3_Pooling/config.json", "{}")
+        .file("2_Normalize/config.json", "{}")
+        .lfs("onnx/model.onnx", noise(2, 1000))
+        .lfs("pytorch_model.bin", noise(3, 1000));
+    place.hub.put("org/name", "main", repo);
+    let local = fetch(&place.store(), "org/name").unwrap();
+    let names: Vec<&str> = local.files.iter().map(|file| file.path.as_str()).collect();
+    let settings = ["config_sentence_transformers.json", "model.safetensors", "modules.json"];
+    let all =
+        [&["3_Pooling/config.json", "config.json"], &settings[..], &["sentence_bert_config.json", "tokenizer.json"]];
+    assert_eq!(names, all.concat());
+    assert_eq!(place.store().local(&model("org/name")).unwrap(), Some(local));
+}
+
 #[test]
 fn what_is_here_is_found_by_every_name_of_it_without_a_request() {
     let place = Place::new();

@@ -4,6 +4,7 @@
 mod engine;
 mod handle;
 mod invariance;
+mod whole;
 
 use std::collections::BTreeMap;
 

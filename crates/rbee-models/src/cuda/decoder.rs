@@ -196,7 +196,7 @@ impl GpuDecoder {
             layer.forward(pass, of, s)?;
         }
         match pass.wanted {
-            Wanted::Nothing => Ok(()),
+            Wanted::Nothing | Wanted::Embedding => Ok(()),
             Wanted::Hidden => self.norm.states(gpu, &s.x, rows, &mut s.y),
             Wanted::Logits => {
                 let picks = rows.picks();

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 
 use rbee_cuda::{BLOCK, Error as GpuError, Gpu, Graph, Padded, Picked, Pinned, RopeTable, Rows, Stretch, Which};
 use rbee_engine::runner::{
-    Chunk, Logits, ModelLimits, ModelRunner, Regime, RunnerError, StepBatch, StepCounter, Wanted,
+    Chunk, Logits, ModelLimits, ModelRunner, Reading, Regime, RunnerError, StepBatch, StepCounter, Wanted,
 };
 use rbee_weights::config::ModelConfig;
 use rbee_weights::needs::{Needs, Positions};
@@ -138,7 +138,13 @@ pub fn load_cuda(
     let ((after, _), (major, minor)) = (gpu.memory()?, gpu.capability());
     let about = About::new(&config, generation, needs, digest, &format!("cuda {NUMERICS} {major}.{minor}"));
     Ok(CudaRunner {
-        limits: ModelLimits { vocab: config.vocab, context: room.context, block_size: BLOCK, kv_blocks: blocks },
+        limits: ModelLimits {
+            vocab: config.vocab,
+            context: room.context,
+            block_size: BLOCK,
+            kv_blocks: blocks,
+            reading: Reading::Causal,
+        },
         config,
         about,
         steps: steps.clone(),
@@ -260,7 +266,7 @@ impl CudaRunner {
                     // Long texts' angles stand behind those of usual ones.
                     shift: if piece.chunk.regime == Regime::Long { self.limits.context } else { 0 },
                     picked: match piece.wanted() {
-                        Wanted::Nothing => Picked::None,
+                        Wanted::Nothing | Wanted::Embedding => Picked::None,
                         Wanted::Logits => Picked::Last,
                         Wanted::Hidden => Picked::All,
                     },

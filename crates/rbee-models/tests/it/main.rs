@@ -4,6 +4,7 @@
 
 #[cfg(feature = "cuda")]
 mod cuda;
+mod encoders;
 mod families;
 mod gguf;
 mod gguf_file;
