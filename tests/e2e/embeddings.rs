@@ -106,7 +106,7 @@ fn an_embedding_model_makes_its_vectors_and_refuses_all_else_by_name() {
         let answer = cluster.queen().send(post(path, &body));
         let said = answer.text();
         assert_eq!(answer.status(), 400, "{path}: {said}");
-        assert!(said.contains(&by_name) && said.contains("INVALID_REQUEST"), "{path}: {said}");
+        assert!(said.contains(&by_name) && said.contains("invalid_request"), "{path}: {said}");
     }
     // It serves on.
     embeds(&cluster, &model, &golden(&folder));

@@ -60,6 +60,9 @@ pub struct Tokenizer {
 /// How many times shorter a normalizer may make a text: a ligature of three bytes becomes a letter of one.
 const SHRINKS: usize = 4;
 
+/// Bytes of a text that is always looked at where any word that is not known becomes one token, and spaces none.
+const WORDS: usize = 64 << 10;
+
 /// The part of the file that is compared with what the parser made of it.
 #[derive(Deserialize)]
 struct Declared {
@@ -145,7 +148,9 @@ impl Tokenizer {
     #[must_use]
     pub fn with_context(mut self, context: usize) -> Tokenizer {
         let longest = (0..self.vocab_size() as TokenId).map(|id| self.token_bytes(id).len()).max().unwrap_or(0);
-        self.bound = Some((context, context.saturating_mul(longest).saturating_mul(SHRINKS)));
+        let most = context.saturating_mul(longest).saturating_mul(SHRINKS);
+        let least = if matches!(self.inner.get_model(), ModelWrapper::WordPiece(_)) { WORDS } else { 0 };
+        self.bound = Some((context, most.max(least)));
         self
     }
 

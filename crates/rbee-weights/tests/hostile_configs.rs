@@ -5,8 +5,10 @@
 use std::path::Path;
 
 use proptest::prelude::*;
+use rbee_weights::config::encoder::EncoderConfig;
+use rbee_weights::config::sentence::{self, Modules};
 use rbee_weights::config::{GenerationDefaults, ModelConfig};
-use rbee_weights::needs::{Positions, needs};
+use rbee_weights::needs::{Positions, encoder_needs, needs};
 use serde_json::{Value, json};
 
 fn fixtures() -> Vec<Value> {
@@ -106,8 +108,48 @@ proptest! {
     }
 
     #[test]
+    fn a_tampered_encoder_is_an_error_or_a_model(
+        roberta in any::<bool>(),
+        changes in prop::collection::vec((any::<prop::sample::Index>(), odd()), 1..3),
+    ) {
+        let name = if roberta { "xlm-roberta" } else { "bert" };
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/encoders").join(name);
+        let tampered = |file: &str| {
+            let mut all: Value = serde_json::from_slice(&std::fs::read(folder.join(file)).unwrap()).unwrap();
+            for (key, value) in &changes {
+                let mut places: Vec<&mut Value> = match &mut all {
+                    Value::Object(map) => map.values_mut().collect(),
+                    Value::Array(list) => list.iter_mut().flat_map(|module| module.as_object_mut().unwrap().values_mut()).collect(),
+                    _ => Vec::new(),
+                };
+                let count = places.len();
+                *places[key.index(count)] = value.clone();
+            }
+            all.to_string().into_bytes()
+        };
+        if let Ok(config) = EncoderConfig::parse(&tampered("config.json")) {
+            prop_assert_eq!(config.head_dim() * config.heads, config.hidden);
+            prop_assert!(config.longest() > 0 && config.first_position < config.positions);
+            let needs = encoder_needs(&config, 1 << 40, config.longest() as u64, 512);
+            prop_assert!(needs.kv == 0 && needs.total == needs.least && needs.total > 1 << 40);
+        }
+        if let Ok(modules) = Modules::parse(&tampered("modules.json")) {
+            prop_assert!(!modules.pooling.contains(".."), "{}", modules.pooling);
+        }
+        if let Ok(poolings) = sentence::poolings("p", &tampered("1_Pooling/config.json"), 32) {
+            prop_assert!((1..=6).contains(&poolings.len()));
+        }
+        let longest = sentence::longest(&tampered("sentence_bert_config.json"));
+        prop_assert!(longest.is_err() || longest != Ok(Some(0)));
+        let longest = sentence::tokenizer_longest(&tampered("tokenizer_config.json"));
+        prop_assert!(longest.is_err() || longest != Ok(Some(0)));
+        let _ = sentence::check_prompts(&tampered("config_sentence_transformers.json"));
+    }
+
+    #[test]
     fn bytes_of_any_kind_are_no_panic(bytes in prop::collection::vec(any::<u8>(), 0..200)) {
         prop_assert!(ModelConfig::parse(&bytes).is_err());
+        prop_assert!(EncoderConfig::parse(&bytes).is_err() && Modules::parse(&bytes).is_err());
         prop_assert!(rbee_weights::safetensors::Shards::parse(&bytes).is_err());
         let len = rbee_weights::safetensors::header_len("f", &bytes, bytes.len() as u64);
         if let Ok(len) = len {

@@ -3,6 +3,7 @@
 #![expect(clippy::disallowed_methods, reason = "the crate does no IO; its tests read fixtures and a clock")]
 
 mod chat;
+mod encoders;
 mod families;
 mod fixtures;
 mod gguf;
