@@ -300,7 +300,9 @@ fn what_is_damaged_or_not_computed_is_refused_by_name() {
         refused(what, &|folder| rename(&folder.join("model.safetensors"), change))
     };
     // The head of a reranker or classifier.
-    let error = tensors("tensor `classifier.weight` has no use", &|name| name.replace("pooler.dense", "classifier"));
+    let error = tensors("tensor `classifier.weight` has no use", &|name| {
+        name.replace("pooler.dense.weight", "classifier.weight")
+    });
     assert!(matches!(error, Error::Files(FileError::Unsupported { .. })), "{error:?}");
     let error = tensors("`encoder.layer.0.output.LayerNorm.bias` is missing", &|name| {
         name.replace("encoder.layer.0.output.LayerNorm.bias", "pooler.dense.more")
