@@ -41,9 +41,9 @@ fn special_tokens_in_a_text_are_letters() {
 #[test]
 fn pieces_of_words_are_joined() {
     let bert = tokenizer("bert");
-    let ids = bert.encode("The queen rests in the middle", Specials::AsText).unwrap();
-    assert!(ids.len() > 6, "words are in pieces: {ids:?}");
-    assert_eq!(bert.decode(&ids, Controls::Show), "the queen rests in the middle");
+    let ids = bert.encode("The queens rest in beehives", Specials::AsText).unwrap();
+    assert!(ids.len() > 5, "words are in pieces: {ids:?}");
+    assert_eq!(bert.decode(&ids, Controls::Show), "the queens rest in beehives");
 }
 
 /// A word that is not known is one token, however long, and spaces are none.
