@@ -52,9 +52,9 @@ Long-rope: a text has the frequencies of long texts when its prompt is longer th
 ";
 
 const ENCODERS: &str = "
-# Embedding models
+## Embedding models
 
-`/v1/embeddings` and jobs with `embed` take any model; encoders of BERT's kind (MiniLM, BGE, E5, GTE, multilingual E5 and their like) take nothing else.
+`/v1/embeddings` and jobs with `embed` take any model; encoders of BERT's kind (MiniLM, BGE, E5, GTE, multilingual E5 and their like) do nothing else.
 `--model` takes their folder or repository as sentence-transformers saves it: the files above, `modules.json`, `1_Pooling/config.json` and
 `sentence_bert_config.json`. What the folder declares is done: pooling `cls`, `mean`, `max`, `mean_sqrt_len_tokens`, `weightedmean` or `lasttoken`, or several
 one behind the other, and normalisation where it has one. A folder without `modules.json` gets the mean over all tokens, of length 1. Texts are never cut: one
@@ -69,7 +69,7 @@ without normalisation: the largest error of a value is below 1e-5. A text's vect
 ";
 
 const REFUSED_ENCODERS: &str = "
-Refused by name: other modules (`Dense`: export the model without it), relative positions, activations other than GELU and ReLU, `do_lower_case` beside the
+Refused by name: other modules (`Dense`: take a model without one), relative positions, activations other than GELU and ReLU, `do_lower_case` beside the
 tokenizer's own, a `default_prompt_name` (write the prompt into the texts), rerankers and classifiers (their heads have no use here), and other encoders
 (MPNet, DistilBERT, ModernBERT): take one of the kinds above.
 ";
