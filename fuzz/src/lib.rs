@@ -4,6 +4,7 @@
 //! that does not hold, which it asserts. `corpus/TARGET` holds inputs that together reach what is known to be reachable:
 //! `cargo test` replays them, `cargo xtask fuzz` goes on from them. Start with [`TARGETS`].
 
+mod grammar;
 mod text;
 mod weights;
 mod wire;
@@ -26,6 +27,7 @@ pub const TARGETS: &[Target] = &[
     Target { name: "config", run: weights::config, max_len: 16 << 10 },
     Target { name: "tokenizer", run: text::tokenizer, max_len: 16 << 10 },
     Target { name: "template", run: text::template, max_len: 16 << 10 },
+    Target { name: "schema", run: grammar::schema, max_len: 4 << 10 },
     Target { name: "job", run: wire::job, max_len: 16 << 10 },
     Target { name: "dialect", run: wire::dialect, max_len: 16 << 10 },
     Target { name: "sse", run: wire::sse, max_len: 256 },

@@ -137,7 +137,7 @@ fn in_parts(message: &Value) -> Value {
 }
 
 /// A tokenizer of single bytes, with two control tokens.
-fn letters() -> &'static Tokenizer {
+pub(crate) fn letters() -> &'static Tokenizer {
     static LETTERS: OnceLock<Tokenizer> = OnceLock::new();
     LETTERS.get_or_init(|| {
         let printable = |byte: &u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);

@@ -50,11 +50,50 @@ const CALLS: [Calls; 4] = [
 /// Longest name of a function, with what may stand between it and its arguments.
 const MAX_NAME: usize = 512;
 
+/// How a call is written, where a reader takes more than one way.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Style {
+    /// An object with its name and, under this key, its arguments.
+    Object { arguments: &'static str },
+    /// A list of such objects.
+    List,
+    /// Its name, this tag, and its arguments.
+    Named { arguments: &'static str },
+    /// Tags around its name and each of its arguments.
+    Tags,
+}
+
+/// What a model writes around calls, and how it writes them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Written {
+    pub(crate) open: Option<&'static str>,
+    pub(crate) close: Option<&'static str>,
+    pub(crate) style: Style,
+}
+
+impl Written {
+    /// How calls are written by a model in which these tags are.
+    fn of(calls: Calls, has: impl Fn(&str) -> bool) -> Written {
+        let style = match calls {
+            Calls { bare: true, .. } => Style::Object { arguments: "parameters" },
+            Calls { inner: [arguments, ..], .. } if has(arguments) => Style::Named { arguments },
+            Calls { open: "<tool_call>", .. } if has("<function=") => Style::Tags,
+            Calls { open: "<tool_call>", .. } => Style::Object { arguments: "arguments" },
+            _ => Style::List,
+        };
+        let open = Some(calls.open).filter(|_| !calls.bare);
+        // Behind a list, the end of the answer may do.
+        let close = calls.close.filter(|close| style != Style::List || has(close));
+        Written { open, close, style }
+    }
+}
+
 /// How a model writes reasoning and tool calls.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AnswerForm {
     reasoning: Option<Tags>,
     calls: Option<Calls>,
+    written: Option<Written>,
     /// Tags that are control tokens, and are needed as text.
     shown: Vec<TokenId>,
 }
@@ -72,7 +111,8 @@ impl AnswerForm {
             .iter()
             .flat_map(|calls| [calls.open].into_iter().chain(calls.close).chain(calls.inner.iter().copied()));
         let shown = tags.chain(inner).filter_map(|tag| tokenizer.token_to_id(tag));
-        AnswerForm { reasoning, calls, shown: shown.filter(|&id| tokenizer.is_control(id)).collect() }
+        let written = calls.map(|calls| Written::of(calls, |tag| in_template(tag) || in_vocabulary(tag)));
+        AnswerForm { reasoning, calls, written, shown: shown.filter(|&id| tokenizer.is_control(id)).collect() }
     }
 
     /// Whether tool calls of this model can be read.
@@ -83,6 +123,11 @@ impl AnswerForm {
     /// Whether the model's reasoning is told from its answer.
     pub fn has_reasoning(&self) -> bool {
         self.reasoning.is_some()
+    }
+
+    /// How the model writes calls.
+    pub(crate) fn written(&self) -> Option<Written> {
+        self.written
     }
 
     /// Control tokens that a reader of this form needs as text.
@@ -499,7 +544,7 @@ mod tests {
 
     fn form(open: &str) -> AnswerForm {
         let calls = CALLS.into_iter().find(|calls| calls.open == open);
-        AnswerForm { reasoning: Some(REASONING[0]), calls, shown: Vec::new() }
+        AnswerForm { reasoning: Some(REASONING[0]), calls, written: None, shown: Vec::new() }
     }
 
     fn tools() -> Arc<[Value]> {

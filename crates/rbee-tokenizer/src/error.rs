@@ -61,4 +61,7 @@ pub enum Error {
     /// The stop strings break a limit.
     #[error("invalid stop strings: {0}")]
     InvalidStops(String),
+    /// A form of answers that cannot be honoured, or an answer that does not fit its form.
+    #[error("invalid grammar: {0}")]
+    Grammar(String),
 }

@@ -239,6 +239,11 @@ impl Tokenizer {
         Ok(ids)
     }
 
+    /// Spaces that a text loses at its beginning.
+    pub(crate) fn strip(&self) -> usize {
+        self.pieces.strip()
+    }
+
     /// A detokenizer for one answer.
     pub fn detokenizer(&self, controls: Controls, start: Start) -> Detokenizer {
         Detokenizer::new(Arc::clone(&self.pieces), Arc::clone(&self.control), controls, start)
@@ -388,7 +393,7 @@ fn unknown_id(model: &ModelWrapper) -> Option<TokenId> {
 }
 
 /// Runs code of the parser that may panic on hostile input.
-fn caught<T>(run: impl FnOnce() -> T) -> Option<T> {
+pub(crate) fn caught<T>(run: impl FnOnce() -> T) -> Option<T> {
     catch_unwind(AssertUnwindSafe(run)).ok()
 }
 

@@ -27,7 +27,8 @@ pub fn template(source: &str) -> ChatTemplate {
     ChatTemplate::load(&config, Some(source.as_bytes())).unwrap().unwrap()
 }
 
-fn added(id: u32, content: &str, special: bool) -> Value {
+/// An entry of a file's list of added tokens.
+pub fn added(id: u32, content: &str, special: bool) -> Value {
     json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
            "normalized": false, "special": special})
 }

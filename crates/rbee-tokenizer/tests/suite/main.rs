@@ -7,6 +7,7 @@ mod encoders;
 mod families;
 mod fixtures;
 mod gguf;
+mod grammar;
 mod hostile;
 mod streams;
 mod templates;
