@@ -162,7 +162,7 @@ fn warm_up(engine: &mut Engine, text: &dyn TextSide) -> Result<(), ErrorBody> {
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
         logprobs: None,
         tenant: [0; 16],
-        choices: vec![Choice { text: text.output(&[], &Answer::Text)?, resume: Vec::new() }],
+        choices: vec![Choice { text: text.output(&[], &Answer::Text)?, constraint: None, resume: Vec::new() }],
     };
     let corrupt = |why: &dyn std::fmt::Display| {
         ErrorBody::new(ErrorCode::ModelCorrupt, format!("the model cannot compute one token: {why}"))

@@ -103,7 +103,7 @@ impl Embeddings {
                 sampling: Sampling::default(),
                 logprobs: None,
                 tenant: self.tenant,
-                choices: vec![Choice { text, resume: Vec::new() }],
+                choices: vec![Choice { text, constraint: None, resume: Vec::new() }],
             };
             match self.loaded.engine.submit(request) {
                 Ok(stream) => self.running.push_back(stream),

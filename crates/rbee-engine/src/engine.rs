@@ -205,7 +205,7 @@ impl Engine {
         };
         let mut sequences = Vec::with_capacity(request.choices.len());
         for (number, choice) in (0..).zip(request.choices) {
-            let sequence = Sequence::new(id, number, root, &spec, &request.prompt, &choice.resume, choice.text)?;
+            let sequence = Sequence::new(id, number, root, &spec, &request.prompt, choice)?;
             live.completion_tokens += sequence.output_tokens();
             live.finish.push(sequence.finish());
             if sequence.finish().is_none() {

@@ -51,6 +51,16 @@ pub enum EngineError {
         /// Position in the output.
         index: usize,
     },
+    /// The constraint that the request brought failed, or allows no token at all.
+    #[error("choice {choice} cannot go on in its form at output position {index}: {problem}")]
+    Constraint {
+        /// The choice.
+        choice: u32,
+        /// Position in the output.
+        index: usize,
+        /// What is wrong.
+        problem: String,
+    },
     /// The device has no memory for even one token of this request.
     #[error("out of memory: {0}")]
     OutOfMemory(String),

@@ -2,7 +2,8 @@
 //! logits that come back into tokens and text.
 //!
 //! Pure but for [`handle`]: no IO, clock, environment or threads. It knows neither the wire nor a
-//! tokenizer; text comes through [`OutputText`], which each request brings.
+//! tokenizer; text comes through [`OutputText`], which each request brings, and the form that an answer must have
+//! through [`Constraint`].
 //!
 //! Invariants
 //! - The tokens of a request are a function of the request and the model alone: not of what else is in
@@ -33,7 +34,7 @@ pub use engine::{Engine, EngineConfig, EngineStats};
 pub use error::{EngineError, Overloaded};
 pub use handle::{Canceller, Ended, EngineHandle, TokenStream};
 pub use request::{
-    CallPart, Choice, Finish, Goal, Output, OutputText, Piece, Pushed, Request, RequestId, TokenLogprobs,
+    CallPart, Choice, Constraint, Finish, Goal, Output, OutputText, Piece, Pushed, Request, RequestId, TokenLogprobs,
 };
 pub use runner::{ModelLimits, ModelRunner, Reading, Regime, RunnerError, StepCounter, TokenId};
 pub use sampling::Sampling;

@@ -46,8 +46,8 @@ impl History {
 
 /// Logit bias, repetition penalty (over prompt and output, as in transformers'
 /// `RepetitionPenaltyLogitsProcessor`), frequency and presence penalties (over the output, as OpenAI
-/// documents them), then the mask. Ids are within the row: the request was checked.
-pub(crate) fn process(row: &mut [f32], sampling: &Sampling, history: &History, masked: &[TokenId]) {
+/// documents them), then the masks. Ids are within the row: the request was checked.
+pub(crate) fn process(row: &mut [f32], sampling: &Sampling, history: &History, masks: Masks<'_>) {
     for (id, bias) in &sampling.logit_bias {
         row[*id as usize] += bias;
     }
@@ -63,8 +63,56 @@ pub(crate) fn process(row: &mut [f32], sampling: &Sampling, history: &History, m
         }
         *logit = logit.clamp(f32::MIN, f32::MAX);
     }
-    for id in masked {
+    for id in masks.without {
         row[*id as usize] = f32::NEG_INFINITY;
+    }
+    if let Some(only) = masks.only {
+        let words = only.iter().copied().chain(std::iter::repeat(0));
+        for (logits, word) in row.chunks_mut(WORD).zip(words) {
+            match word {
+                0 => logits.fill(f32::NEG_INFINITY),
+                u32::MAX => {}
+                _ => {
+                    for (bit, logit) in logits.iter_mut().enumerate() {
+                        *logit = if word >> bit & 1 == 0 { f32::NEG_INFINITY } else { *logit };
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Ids of one word of a mask.
+const WORD: usize = u32::BITS as usize;
+
+/// What may not be chosen.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Masks<'a> {
+    /// None of these.
+    pub(crate) without: &'a [TokenId],
+    /// Only tokens with their bit set.
+    pub(crate) only: Option<&'a [u32]>,
+}
+
+impl Masks<'_> {
+    pub(crate) fn is_empty(&self) -> bool {
+        self.without.is_empty() && self.only.is_none()
+    }
+
+    /// Whether a token of the vocabulary is left.
+    pub(crate) fn leave_any(&self, vocab: usize) -> bool {
+        let Some(only) = self.only else { return true };
+        let words = only.iter().take(vocab.div_ceil(WORD)).enumerate();
+        words
+            .map(|(i, word)| {
+                let inside = vocab - i * WORD;
+                let mut word = if inside < WORD { word & !(u32::MAX << inside) } else { *word };
+                for id in self.without.iter().filter(|id| **id as usize / WORD == i) {
+                    word &= !(1 << (*id as usize % WORD));
+                }
+                word
+            })
+            .any(|word| word != 0)
     }
 }
 
@@ -90,6 +138,26 @@ mod tests {
 
     proptest! {
         #[test]
+        fn a_mask_leaves_the_tokens_whose_bit_is_set_and_no_others(
+            vocab in 1usize..140,
+            only in prop::collection::vec(prop_oneof![Just(0u32), Just(u32::MAX), any::<u32>()], 0..6),
+            without in prop::collection::vec(0u32..140, 0..4),
+        ) {
+            let without: Vec<TokenId> = without.into_iter().filter(|id| (*id as usize) < vocab).collect();
+            let masks = Masks { without: &without, only: Some(&only) };
+            let mut row = vec![0.5; vocab];
+            process(&mut row, &Sampling::default(), &History::default(), masks);
+            let allowed = |id: usize| {
+                let set = only.get(id / 32).is_some_and(|word| word >> (id % 32) & 1 == 1);
+                set && !without.contains(&(id as TokenId))
+            };
+            for (id, logit) in row.iter().enumerate() {
+                prop_assert_eq!(*logit == 0.5, allowed(id), "{}", id);
+            }
+            prop_assert_eq!(masks.leave_any(vocab), (0..vocab).any(allowed));
+        }
+
+        #[test]
         fn penalties_equal_their_definitions(
             row in prop::collection::vec(-20f32..20.0, 12),
             prompt in prop::collection::vec(0u32..12, 1..8),
@@ -105,7 +173,7 @@ mod tests {
             let mut history = History::new(&sampling, &prompt);
             output.iter().for_each(|id| history.record(*id));
             let mut got = row.clone();
-            process(&mut got, &sampling, &history, &[3]);
+            process(&mut got, &sampling, &history, Masks { without: &[3], only: None });
             let mut want = reference(&row, &sampling, &prompt, &output);
             want[3] = f32::NEG_INFINITY;
             for (got, want) in got.iter().zip(&want) {

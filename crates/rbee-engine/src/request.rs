@@ -73,10 +73,31 @@ pub struct Pushed {
     pub stopped: bool,
 }
 
+/// What the tokens of one choice may be. Its answers are a function of the tokens it was told, in order.
+pub trait Constraint: Send {
+    /// The tokens that may come next: bit `id % 32` of word `id / 32`, and no token beyond the last word. `None` for any.
+    /// End-of-sequence ids have their bits where the output may end.
+    ///
+    /// # Errors
+    /// When it cannot tell; the request ends with it.
+    fn mask(&mut self) -> Result<Option<&[u32]>, String>;
+
+    /// The next token of the output, no end-of-sequence id. Whether the output is complete with it: then the choice ends.
+    ///
+    /// # Errors
+    /// When this token may not come; the request ends with it.
+    fn accept(&mut self, id: TokenId) -> Result<bool, String>;
+
+    /// Told that a mask will be asked for when the next forward pass is over: time to begin with it elsewhere.
+    fn prepare(&mut self) {}
+}
+
 /// One answer of a request; its number is its place in [`Request::choices`].
 pub struct Choice {
     /// Its text, empty so far. A resumed choice is replayed through it first.
     pub text: Box<dyn OutputText>,
+    /// What it may be, at its beginning; any where there is none. A resumed choice is replayed through it first.
+    pub constraint: Option<Box<dyn Constraint>>,
     /// Output tokens that exist already, from the first. They are counted and seen by penalties and text
     /// state as if made here, but not given out again.
     pub resume: Vec<TokenId>,
@@ -100,11 +121,12 @@ pub struct Request {
     pub goal: Goal,
     /// Most output tokens per choice, resumed ones included; `None` is what the context leaves.
     pub max_tokens: Option<usize>,
-    /// No end-of-sequence id is chosen before this many output tokens. Stop strings are not affected.
+    /// No end-of-sequence id is chosen before this many output tokens, unless a constraint leaves nothing else. Stop strings
+    /// and constraints that are complete end a choice all the same.
     pub min_tokens: usize,
     /// Ids that end a choice.
     pub eos: Vec<TokenId>,
-    /// Take an end-of-sequence id as a token like any other.
+    /// Take an end-of-sequence id as a token like any other; not with a constraint, whose last token it may be.
     pub ignore_eos: bool,
     /// How tokens are chosen; choices differ by their number in the draw.
     pub sampling: Sampling,
@@ -119,7 +141,7 @@ pub struct Request {
 /// Why a choice ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Finish {
-    /// An end-of-sequence id or a stop string.
+    /// An end-of-sequence id, a stop string or the end of what a constraint allows.
     Stop,
     /// As with `Stop`, and there is a tool call in the answer.
     Called,
@@ -245,6 +267,13 @@ impl Request {
         }
         if self.goal == Goal::Embedding && (self.choices.len() > 1 || !self.choices[0].resume.is_empty()) {
             return Err(EngineError::invalid("choices", "an embedding is one choice without tokens"));
+        }
+        let constrained = self.choices.iter().any(|choice| choice.constraint.is_some());
+        if constrained && self.goal == Goal::Embedding {
+            return Err(EngineError::invalid("choices", "an embedding has no tokens to constrain"));
+        }
+        if constrained && self.ignore_eos {
+            return Err(EngineError::invalid("ignore_eos", "cannot be true for an answer of a given form, which ends"));
         }
         if self.logprobs.is_some_and(|n| n > MAX_TOP_LOGPROBS) {
             return Err(EngineError::invalid("logprobs", format!("must be 0 to {MAX_TOP_LOGPROBS}")));

@@ -1,13 +1,13 @@
 //! Chooses one token from a row of logits.
 //!
-//! Order: logit bias, penalties, end-of-sequence mask (all in `logits.rs`), then the largest logit if
+//! Order: logit bias, penalties, end-of-sequence mask and the constraint's (all in `logits.rs`), then the largest logit if
 //! the temperature is 0, else temperature, top-k, top-p, min-p and one draw. Equal logits are ordered
 //! by id, lowest first. The choice is a function of the row, the parameters, the tokens so far and
 //! (seed, choice, position): sums run in f64 in a fixed order, over an exponential that uses plain
 //! multiplication and addition, so that no system library has a say in it.
 
 use crate::error::EngineError;
-use crate::logits::{self, History};
+use crate::logits::{self, History, Masks};
 use crate::random::uniform;
 use crate::request::TokenLogprobs;
 use crate::runner::TokenId;
@@ -108,27 +108,27 @@ pub(crate) struct Sampler {
 }
 
 impl Sampler {
-    /// Chooses a token from `raw`, never one of `masked`.
+    /// Chooses a token from `raw` that `masks` leave.
     pub(crate) fn sample(
         &mut self,
         raw: &[f32],
         sampling: &Sampling,
         history: &History,
-        masked: &[TokenId],
+        masks: Masks<'_>,
         draw: Draw,
     ) -> Result<TokenId, BadLogits> {
         let finite = |part: &[f32]| part.iter().fold(true, |all, x| all & x.is_finite());
         if !raw.chunks(256).all(finite) {
             return Err(BadLogits);
         }
-        let untouched = masked.is_empty() && sampling.logit_bias.is_empty() && !sampling.has_penalties();
+        let untouched = masks.is_empty() && sampling.logit_bias.is_empty() && !sampling.has_penalties();
         let mut row = std::mem::take(&mut self.row);
         let processed = if untouched {
             raw
         } else {
             row.clear();
             row.extend_from_slice(raw);
-            logits::process(&mut row, sampling, history, masked);
+            logits::process(&mut row, sampling, history, masks);
             &row
         };
         let chosen = self.choose(processed, sampling, draw);
@@ -275,7 +275,7 @@ mod tests {
 
     fn pick(row: &[f32], sampling: &Sampling, position: usize) -> Result<TokenId, BadLogits> {
         let history = History::new(sampling, &[]);
-        Sampler::default().sample(row, sampling, &history, &[], Draw { choice: 0, position })
+        Sampler::default().sample(row, sampling, &history, Masks::default(), Draw { choice: 0, position })
     }
 
     /// The survivors of top-k, top-p and min-p with their probabilities, by a full sort.
@@ -339,7 +339,7 @@ mod tests {
             &[1.0],
             &Sampling::default(),
             &History::default(),
-            &[0],
+            Masks { without: &[0], only: None },
             Draw { choice: 0, position: 0 },
         );
         assert_eq!(all_masked, Err(BadLogits));
@@ -382,7 +382,7 @@ mod tests {
             let mut sampler = Sampler::default();
             let mut counts = vec![0usize; row.len()];
             for position in 0..n {
-                let id = sampler.sample(&row, &sampling, &History::default(), &[], Draw { choice: 1, position }).unwrap();
+                let id = sampler.sample(&row, &sampling, &History::default(), Masks::default(), Draw { choice: 1, position }).unwrap();
                 counts[id as usize] += 1;
             }
             prop_assert_eq!(want.iter().map(|w| counts[w.0 as usize]).sum::<usize>(), n, "a filtered token was drawn");

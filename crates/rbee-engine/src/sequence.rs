@@ -10,8 +10,8 @@ use std::sync::Arc;
 
 use crate::error::EngineError;
 use crate::kv::block_pool::{Before, BlockPool, Blocks, Root};
-use crate::logits::History;
-use crate::request::{Finish, Goal, OutputText, Piece, Pushed, RequestId, Spec, TokenLogprobs};
+use crate::logits::{History, Masks};
+use crate::request::{Choice, Constraint, Finish, Goal, OutputText, Piece, Pushed, RequestId, Spec, TokenLogprobs};
 use crate::runner::{BlockId, Reading, TokenId, Wanted};
 use crate::sampling::{Draw, Sampler};
 
@@ -36,6 +36,7 @@ pub(crate) struct Sequence {
     pub(crate) last_step: u64,
     history: History,
     text: Box<dyn OutputText>,
+    constraint: Option<Box<dyn Constraint>>,
     /// The sum of the hidden states so far, of a sequence that is to become an embedding. One row after the other is added, so that
     /// it does not depend on how the prompt was cut.
     pooled: Vec<f64>,
@@ -54,16 +55,16 @@ impl Sequence {
     /// A sequence with its resumed output replayed; it may be finished already.
     pub(crate) fn new(
         request: RequestId,
-        choice: u32,
+        number: u32,
         root: Root,
         spec: &Arc<Spec>,
         prompt: &[TokenId],
-        resume: &[TokenId],
-        text: Box<dyn OutputText>,
+        choice: Choice,
     ) -> Result<Self, EngineError> {
+        let Choice { text, constraint, resume } = choice;
         let mut sequence = Self {
             request,
-            choice,
+            choice: number,
             root,
             spec: Arc::clone(spec),
             tokens: prompt.to_vec(),
@@ -75,15 +76,20 @@ impl Sequence {
             last_step: 0,
             history: History::new(&spec.sampling, prompt),
             text,
+            constraint,
             pooled: Vec::new(),
             finish: None,
         };
         for id in resume {
             if sequence.finish.is_some() {
-                return Err(EngineError::invalid("resume", format!("choice {choice} goes on after its end")));
+                return Err(EngineError::invalid("resume", format!("choice {number} goes on after its end")));
             }
-            sequence.push(*id)?;
+            sequence.push(id).map_err(|error| match error {
+                EngineError::Constraint { .. } => EngineError::invalid("resume", error.to_string()),
+                other => other,
+            })?;
         }
+        sequence.prepare()?;
         Ok(sequence)
     }
 
@@ -215,14 +221,35 @@ impl Sequence {
     pub(crate) fn generate(&mut self, row: &[f32], sampler: &mut Sampler) -> Result<Generated, EngineError> {
         let spec = Arc::clone(&self.spec);
         let index = self.output_tokens();
-        let masked = if index < spec.min_tokens { spec.eos.as_slice() } else { &[] };
-        let draw = Draw { choice: self.choice, position: index };
+        let choice = self.choice;
+        let only = match &mut self.constraint {
+            Some(constraint) => guarded("constraint", || constraint.mask())?
+                .map_err(|problem| EngineError::Constraint { choice, index, problem })?,
+            None => None,
+        };
+        let mut masks = Masks { without: if index < spec.min_tokens { &spec.eos } else { &[] }, only };
+        if !masks.leave_any(row.len()) {
+            masks.without = &[];
+            if !masks.leave_any(row.len()) {
+                let problem = "no token is left that may come next".into();
+                return Err(EngineError::Constraint { choice, index, problem });
+            }
+        }
         let id = sampler
-            .sample(row, &spec.sampling, &self.history, masked, draw)
-            .map_err(|_| EngineError::BadLogits { choice: self.choice, index })?;
+            .sample(row, &spec.sampling, &self.history, masks, Draw { choice, position: index })
+            .map_err(|_| EngineError::BadLogits { choice, index })?;
         let logprobs = spec.logprobs.map(|top| Box::new(sampler.logprobs(row, id, top)));
         let piece = self.push(id)?;
+        self.prepare()?;
         Ok(Generated { id, index, piece, logprobs })
+    }
+
+    /// Tells the constraint that its next mask is wanted.
+    fn prepare(&mut self) -> Result<(), EngineError> {
+        match &mut self.constraint {
+            Some(constraint) if self.finish.is_none() => guarded("constraint", || constraint.prepare()),
+            _ => Ok(()),
+        }
     }
 
     /// Appends an output token, generated or replayed, and returns what became final.
@@ -231,9 +258,14 @@ impl Sequence {
         self.history.record(id);
         let is_eos = self.spec.eos.contains(&id);
         let is_last = self.output_tokens() == self.spec.max_tokens;
+        let (choice, index) = (self.choice, self.output_tokens() - 1);
+        let is_complete = match &mut self.constraint {
+            Some(constraint) if !is_eos => guarded("constraint", || constraint.accept(id))?
+                .map_err(|problem| EngineError::Constraint { choice, index, problem })?,
+            _ => false,
+        };
         let text = &mut self.text;
-        // The text comes from the request; a fault in it must not take the others along.
-        let pushed = catch_unwind(AssertUnwindSafe(|| {
+        let (piece, finish) = guarded("output text", || {
             let stop = |text: &dyn OutputText| if text.called() { Finish::Called } else { Finish::Stop };
             if is_eos {
                 let piece = text.finish();
@@ -243,14 +275,22 @@ impl Sequence {
             if stopped {
                 return (piece, Some(stop(text.as_ref())));
             }
+            if is_complete {
+                piece.append(text.finish());
+                return (piece, Some(stop(text.as_ref())));
+            }
             if is_last {
                 piece.append(text.finish());
                 return (piece, Some(Finish::Length));
             }
             (piece, None)
-        }));
-        let (piece, finish) = pushed.map_err(|_| EngineError::Internal("output text panicked".into()))?;
+        })?;
         self.finish = finish;
         Ok(piece)
     }
+}
+
+/// Runs code that came with a request: a fault in it must not take the others along.
+fn guarded<T>(what: &str, code: impl FnOnce() -> T) -> Result<T, EngineError> {
+    catch_unwind(AssertUnwindSafe(code)).map_err(|_| EngineError::Internal(format!("{what} panicked")))
 }

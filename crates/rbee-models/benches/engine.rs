@@ -110,7 +110,7 @@ fn request(prompt: Vec<TokenId>, tokens: usize) -> Request {
         sampling: Sampling { temperature: 0.0, ..Sampling::default() },
         logprobs: None,
         tenant: [0; 16],
-        choices: vec![Choice { text: Box::new(NoText), resume: Vec::new() }],
+        choices: vec![Choice { text: Box::new(NoText), constraint: None, resume: Vec::new() }],
     }
 }
 

@@ -448,7 +448,7 @@ fn text_that_panics_ends_only_its_request() {
     }
     let mut engine = engine(SimModel::default(), 64, CONFIG);
     let good = engine.submit(request(&[1], 10)).unwrap();
-    let choices = vec![Choice { text: Box::new(Broken), resume: vec![] }];
+    let choices = vec![Choice { text: Box::new(Broken), constraint: None, resume: vec![] }];
     let bad = engine.submit(Request { choices, ..request(&[2], 10) }).unwrap();
     let outputs = run(&mut engine);
     assert_eq!(ids(&outputs[&good], 0).len(), 10);
@@ -569,7 +569,7 @@ fn logprobs_come_with_each_token_when_asked_for() {
 fn simulated_text_is_the_words_of_its_tokens() {
     let mut engine = engine(SimModel::default(), 64, CONFIG);
     let prompt = rbee_engine::sim::encode("Once upon a time");
-    let choices = vec![Choice { text: Box::new(SimText), resume: vec![] }];
+    let choices = vec![Choice { text: Box::new(SimText), constraint: None, resume: vec![] }];
     let got = answer(&mut engine, Request { choices, ..request(&prompt, 6) });
     assert_eq!(text(&got), words(&expected_tokens(0, &prompt, 6)));
 }

@@ -12,6 +12,8 @@ struct Case {
     min_tokens: usize,
     sampling: Sampling,
     stop: Option<String>,
+    /// A constraint of one in so many words, and when it is complete.
+    form: Option<(u64, usize)>,
     choices: usize,
     /// How much of each choice exists already, in percent.
     resume: usize,
@@ -23,6 +25,9 @@ impl Case {
     fn request(&self, resume: impl Fn(usize) -> Vec<TokenId>) -> Request {
         let choice = |number| Choice {
             text: Box::new(StopText { stop: self.stop.clone(), ..StopText::default() }),
+            constraint: self.form.map(|(one_in, complete)| {
+                Box::new(Walk { one_in, complete, ..Walk::default() }) as Box<dyn Constraint>
+            }),
             resume: resume(number),
         };
         Request {
@@ -66,13 +71,15 @@ fn case() -> impl Strategy<Value = Case> {
         1usize..4,
         prop_oneof![Just(0usize), 1..=100usize],
         (0usize..25, prop::option::of(0usize..40)),
+        prop::option::of((1u64..400, 1usize..25)),
     )
-        .prop_map(|(prompt, max_tokens, sampling, stop, choices, resume, (arrival, cancel))| Case {
+        .prop_map(|(prompt, max_tokens, sampling, stop, choices, resume, (arrival, cancel), form)| Case {
             prompt,
             max_tokens,
             min_tokens: max_tokens / 3,
             sampling,
             stop,
+            form,
             choices,
             resume,
             arrival,
@@ -100,7 +107,7 @@ proptest! {
             cases.iter().map(|case| answer(&mut engine(model, 256, big), case.request(|_| Vec::new()))).collect();
         if shape == Shape::Peaked {
             for (case, alone) in cases.iter().zip(&alone) {
-                if case.min_tokens == 0 && !case.sampling.has_filters() {
+                if case.min_tokens == 0 && case.form.is_none() && !case.sampling.has_filters() {
                     let got = ids(alone, 0);
                     let want = model.expected_tokens(&case.prompt, case.max_tokens);
                     prop_assert!(want.starts_with(&got) && (case.stop.is_some() || got == want));

@@ -1,6 +1,7 @@
 //! The engine from outside, over the simulated model.
 #![expect(clippy::unwrap_used, clippy::panic, reason = "helpers of tests may fail the test")]
 
+mod constraint;
 mod engine;
 mod handle;
 mod invariance;
@@ -11,8 +12,8 @@ use std::collections::BTreeMap;
 use rbee_engine::runner::{Logits, StepBatch};
 use rbee_engine::sim::{SimModel, SimRunner, word};
 use rbee_engine::{
-    Choice, Engine, EngineConfig, Goal, ModelLimits, ModelRunner, Output, OutputText, Piece, Pushed, Request,
-    RequestId, RunnerError, Sampling, StepCounter, TokenId,
+    Choice, Constraint, Engine, EngineConfig, Goal, ModelLimits, ModelRunner, Output, OutputText, Piece, Pushed,
+    Request, RequestId, RunnerError, Sampling, StepCounter, TokenId,
 };
 
 const CONFIG: EngineConfig = EngineConfig { slots: 4, step_tokens: 32, prefill_chunk: 8, queue: 8 };
@@ -83,11 +84,48 @@ impl OutputText for StopText {
 }
 
 fn choice() -> Choice {
-    Choice { text: Box::new(StopText::default()), resume: Vec::new() }
+    Choice { text: Box::new(StopText::default()), constraint: None, resume: Vec::new() }
 }
 
 fn stopping(stop: &str) -> Choice {
-    Choice { text: Box::new(StopText { stop: Some(stop.into()), ..StopText::default() }), resume: Vec::new() }
+    Choice { text: Box::new(StopText { stop: Some(stop.into()), ..StopText::default() }), ..choice() }
+}
+
+/// Allows one in so many words, other ones after each token, and the end after every third.
+#[derive(Default)]
+struct Walk {
+    one_in: u64,
+    /// Tokens with which it is complete.
+    complete: usize,
+    told: Vec<TokenId>,
+    mask: Vec<u32>,
+}
+
+impl Walk {
+    fn allows(&self, id: TokenId) -> bool {
+        let sum: u64 = self.told.iter().map(|id| u64::from(*id)).sum();
+        let turn = (u64::from(id) + 7 * sum).is_multiple_of(self.one_in);
+        if id == rbee_engine::sim::EOS { self.told.len() % 3 == 2 } else { id >= rbee_engine::sim::FIRST_WORD && turn }
+    }
+}
+
+impl Constraint for Walk {
+    fn mask(&mut self) -> Result<Option<&[u32]>, String> {
+        let mut mask = vec![0; 1024 / 32];
+        for id in (0..1024).filter(|id| self.allows(*id)) {
+            mask[id as usize / 32] |= 1 << (id % 32);
+        }
+        self.mask = mask;
+        Ok(Some(&self.mask))
+    }
+
+    fn accept(&mut self, id: TokenId) -> Result<bool, String> {
+        if !self.allows(id) {
+            return Err(format!("{id} may not come"));
+        }
+        self.told.push(id);
+        Ok(self.told.len() == self.complete)
+    }
 }
 
 fn request(prompt: &[TokenId], max_tokens: usize) -> Request {

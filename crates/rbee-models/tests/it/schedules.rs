@@ -42,7 +42,7 @@ impl OutputText for NoText {
 
 impl Case {
     fn request(&self, resume: impl Fn(u32) -> Vec<TokenId>) -> Request {
-        let choice = |number| Choice { text: Box::new(NoText), resume: resume(number) };
+        let choice = |number| Choice { text: Box::new(NoText), constraint: None, resume: resume(number) };
         Request {
             prompt: self.prompt.clone(),
             goal: Goal::Answer,
