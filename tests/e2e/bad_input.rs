@@ -92,6 +92,16 @@ fn wrong(field: &Field) -> Vec<String> {
             "[{\"type\":\"function\",\"function\":{\"name\":\"a\",\"x\":1}}]",
         ]),
         Kind::ToolChoice => texts(&["1", "\"required\"", "{\"type\":\"function\"}"]),
+        Kind::ResponseFormat => texts(&[
+            "1",
+            "[]",
+            "{}",
+            "\"json_object\"",
+            "{\"type\":\"xml\"}",
+            "{\"type\":\"json_schema\"}",
+            "{\"type\":\"json_schema\",\"json_schema\":{\"name\":\"a\"}}",
+            "{\"type\":\"regex\",\"regex\":1}",
+        ]),
         Kind::KeepAlive => texts(&["\"\"", "[]", "true", "\"5x\"", "\"m5\"", "1e10"]),
         // Only what uses it can tell.
         Kind::Any => texts(if field.name == "device" { &["[]", "{}", "\"gpu\"", "1.5", "-1"] } else { &[] }),

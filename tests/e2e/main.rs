@@ -12,6 +12,7 @@ mod chat;
 mod embeddings;
 mod families;
 mod faults;
+mod forms;
 mod gguf;
 mod infer;
 mod jobs;

@@ -62,7 +62,7 @@ pub(crate) fn samples(field: &Field) -> (Value, Value) {
         (_, "stream_options") => (with(json!({ "include_usage": true })), with(json!({ "include_usage": 1 }))),
         (_, "stream") => (with(json!(false)), with(json!(1))),
         (_, "max_tokens") => (with(json!(4)), with(json!(0))),
-        (_, "response_format") => (with(json!({ "type": "text" })), with(json!({ "type": "json_schema" }))),
+        (_, "response_format") => (with(json!({ "type": "text" })), with(json!({ "type": "xml" }))),
         (_, "tools" | "functions") => (with(json!([])), with(json!([{ "name": "f" }]))),
         (_, "tool_choice" | "function_call") => (with(json!("none")), with(json!("required"))),
         (_, "modalities") => (with(json!(["text"])), with(json!(["audio"]))),

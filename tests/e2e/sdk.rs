@@ -63,12 +63,13 @@ fn everything_the_sdks_offer_is_answered_or_refused_by_name() {
                 "logprobs",
                 "completions",
                 "embeddings",
+                "forms",
                 "errors",
                 "ignored",
                 "models",
             ]
         } else {
-            &["chat", "stream", "completions", "embeddings", "errors", "ignored", "models"]
+            &["chat", "stream", "completions", "embeddings", "forms", "errors", "ignored", "models"]
         };
         let said = sdk.cmd(&cluster, cases).run().exits(0).stdout;
         assert_eq!(said.lines().count(), cases.len(), "{}: {said}", sdk.name);

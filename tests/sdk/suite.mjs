@@ -80,9 +80,44 @@ const suite = {
     });
     assert.equal(await runner.finalContent(), "Warm.");
     assert.deepEqual(said, [{ city: "Paris" }, {}]);
+    // What must be called is, though the model would rather do something else first.
+    const forced = { type: "function", function: { name: "get_time" } };
+    const offered = { tools: [tools[0], forced], tool_choice: forced, parallel_tool_calls: false };
+    const must = (await client.chat.completions.create({ ...asked, ...offered })).choices[0];
+    assert.equal(must.finish_reason, "tool_calls");
+    assert.deepEqual(must.message.tool_calls.map((call) => [call.function.name, JSON.parse(call.function.arguments)]), [["get_time", {}]]);
     await assert.rejects(
-      client.chat.completions.create({ ...asked, tool_choice: "required" }),
+      client.chat.completions.create({ ...asked, tool_choice: { type: "function", function: { name: "get_none" } } }),
       (error) => error.status === 400 && error.param === "tool_choice",
+    );
+  },
+  async forms() {
+    const schema = {
+      type: "object",
+      properties: { kind: { enum: ["worker", "queen"] }, legs: { type: "integer", minimum: 0, maximum: 20 } },
+      required: ["kind", "legs"],
+      additionalProperties: false,
+    };
+    const response_format = { type: "json_schema", json_schema: { name: "bee", schema, strict: true } };
+    const asked = { model: "tinybee", messages: HI, max_tokens: 200, response_format };
+    const check = ({ kind, legs, ...more }) => {
+      assert.ok(["worker", "queen"].includes(kind) && Number.isInteger(legs) && legs >= 0 && legs <= 20);
+      assert.deepEqual(more, {});
+    };
+    for (let seed = 0; seed < 5; seed++) {
+      check(JSON.parse((await client.chat.completions.create({ ...asked, seed })).choices[0].message.content));
+    }
+    // The helpers that read the answer themselves, whole and as a stream.
+    const { makeParseableResponseFormat } = require("openai/lib/parser");
+    const parseable = makeParseableResponseFormat(response_format, (text) => JSON.parse(text));
+    const parsed = await client.chat.completions.parse({ ...asked, response_format: parseable, seed: 1 });
+    check(parsed.choices[0].message.parsed);
+    const streamed = await client.chat.completions.stream({ ...asked, seed: 1 }).finalChatCompletion();
+    check(JSON.parse(streamed.choices[0].message.content));
+    const broken = { type: "json_schema", json_schema: { name: "x", schema: { type: "thing" } } };
+    await assert.rejects(
+      client.chat.completions.create({ ...asked, response_format: broken }),
+      (error) => error.status === 400 && error.param === "response_format",
     );
   },
   async errors() {
@@ -90,7 +125,7 @@ const suite = {
     await assert.rejects(client.chat.completions.create({ ...SURE, model: "none" }), status(404, "model_not_found"));
     await assert.rejects(all(client.chat.completions.create({ ...SURE, model: "none", stream: true })), status(404, "model_not_found"));
     await assert.rejects(client.chat.completions.create({ ...SURE, top_p: 3 }), (error) => error.status === 400 && error.param === "top_p");
-    for (const [name, value] of [["response_format", { type: "json_object" }], ["tool_choice", "required"]]) {
+    for (const [name, value] of [["response_format", { type: "xml" }], ["tool_choice", "required"]]) {
       await assert.rejects(client.chat.completions.create({ ...SURE, [name]: value }), (error) => error.status === 400 && error.param === name);
     }
   },

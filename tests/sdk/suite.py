@@ -185,12 +185,61 @@ def tools(model):
     assert [call.function.name for call in one.message.tool_calls] == ["get_weather"]
     none = create(**asked, tool_choice="none").choices[0]
     assert none.message.content == "No tools here." and not none.message.tool_calls, none
-    for forced in ("required", {"type": "function", "function": {"name": "get_time"}}):
-        error = raised(openai.BadRequestError, lambda: create(**asked, tool_choice=forced))
-        assert error.param == "tool_choice" and "tool_choice" in error.message, error.body
+    # What must be called is, though the model would rather do something else first.
+    time_only = {"type": "function", "function": {"name": "get_time"}}
+    plain = {"type": "function", "function": {"name": "get_time"}}
+    for forced, offered in ((time_only, [TOOLS[0], plain]), ("required", [plain])):
+        choice = create(model=model, messages=HI, tools=offered, tool_choice=forced, parallel_tool_calls=False).choices[0]
+        assert choice.finish_reason == "tool_calls" and not (choice.message.content or "").strip(), choice
+        assert [call.function.name for call in choice.message.tool_calls] == ["get_time"], choice
+        assert json.loads(choice.message.tool_calls[0].function.arguments) == {}, choice
+    unknown = {"type": "function", "function": {"name": "get_none"}}
+    error = raised(openai.BadRequestError, lambda: create(**asked, tool_choice=unknown))
+    assert error.param == "tool_choice" and "tool_choice" in error.message, error.body
     strict = [{"type": "function", "function": {**TOOLS[1]["function"], "strict": True}}]
     raw = client.chat.completions.with_raw_response.create(model=model, messages=HI, tools=strict)
     assert raw.headers["x-rbee-ignored"] == "tools.function.strict"
+
+
+def forms():
+    import json
+    from typing import Literal
+
+    import pydantic
+
+    class Bee(pydantic.BaseModel):
+        kind: Literal["worker", "queen"]
+        legs: int = pydantic.Field(ge=0, le=20)
+        busy: bool
+
+    create = client.chat.completions.create
+    asked = {"model": "tinybee", "messages": HI, "max_tokens": 200}
+    schema = {
+        "type": "object",
+        "properties": {"kind": {"enum": ["worker", "queen"]}, "legs": {"type": "integer", "minimum": 0, "maximum": 20}},
+        "required": ["kind", "legs"],
+        "additionalProperties": False,
+    }
+    form = {"type": "json_schema", "json_schema": {"name": "bee", "schema": schema, "strict": True}}
+    for seed in range(5):
+        bee = json.loads(create(**asked, response_format=form, seed=seed).choices[0].message.content)
+        assert set(bee) == {"kind", "legs"} and bee["kind"] in ("worker", "queen") and 0 <= bee["legs"] <= 20, bee
+    chunks = list(create(**asked, response_format=form, seed=4, stream=True))
+    assert json.loads("".join(chunk.choices[0].delta.content or "" for chunk in chunks)) == bee
+    assert chunks[-1].choices[0].finish_reason == "stop"
+    # The helper that makes the schema of a class and reads the answer back.
+    parse = getattr(client.chat.completions, "parse", None) or client.beta.chat.completions.parse
+    for seed in range(3):
+        choice = parse(**asked, response_format=Bee, seed=seed).choices[0]
+        assert isinstance(choice.message.parsed, Bee) and choice.finish_reason == "stop", choice
+    some = create(**asked, response_format={"type": "json_object"}, seed=1).choices[0]
+    assert some.message.content.startswith("{"), some
+    if some.finish_reason == "stop":
+        assert isinstance(json.loads(some.message.content), dict)
+    broken = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "thing"}}}
+    for streams in (False, True):
+        error = raised(openai.BadRequestError, lambda: create(**asked, response_format=broken, stream=streams))
+        assert error.param == "response_format" and "response_format" in error.message, error.body
 
 
 def errors():
@@ -206,7 +255,7 @@ def errors():
         error = raised(openai.BadRequestError, lambda: create(model="tinybee", messages=long, stream=streams))
         assert error.code == "context_length_exceeded", error.body
     refusals = dict(
-        response_format={"type": "json_object"}, tool_choice="required", audio={"voice": "x", "format": "wav"},
+        response_format={"type": "xml"}, tool_choice="required", audio={"voice": "x", "format": "wav"},
         tools=[{"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}],
     )
     for name, value in refusals.items():

@@ -30,6 +30,10 @@ pub fn page() -> String {
          - A whole answer that is over 300 s away is refused with 503 and `Retry-After`; a stream waits.\n\
          - Reasoning is in `reasoning_content`, where the model's family has it apart from the answer. `tools` are refused by models whose \
          template has no place for them.\n\
+         - An answer with a `response_format`, and calls that a `tool_choice` asks for, are held to their form token by token: what comes is of the \
+         schema, whatever the model and the seed, unless `max_tokens` cuts it off (`length`). Reasoning comes before and is free. A schema that cannot be \
+         adhered to is `400` with the reason. Beside `json_object` and `json_schema` the types `regex` (`{\"type\": \"regex\", \"regex\": …}`) and \
+         `grammar` (in Lark's notation) are rbee's own.\n\
          - `GET /openapi.json` has all of it as an OpenAPI 3.1 document ([the same](reference/openapi.json)).\n\
          - `system_fingerprint` is release, build, weights and numerics id: two answers that share it came from the same arithmetic.\n",
     );

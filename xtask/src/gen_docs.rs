@@ -82,7 +82,8 @@ fn kind(kind: Kind) -> String {
         Kind::Inputs => "list of texts or lists of token ids".into(),
         Kind::Object => "object".into(),
         Kind::Tools => "list of `{type: \"function\", function: {name, description?, parameters?}}`".into(),
-        Kind::ToolChoice => "`auto` or `none`".into(),
+        Kind::ToolChoice => "`auto`, `none`, `required` or `{type: \"function\", function: {name}}`".into(),
+        Kind::ResponseFormat => "`{type}` with `text` or `json_object`, `{type: \"json_schema\", json_schema: {schema, name?, description?, strict?}}`, `{type: \"regex\", regex}` or `{type: \"grammar\", grammar}`".into(),
         Kind::Any => "see the text".into(),
         Kind::KeepAlive => "seconds, or a text such as `5m`".into(),
     }

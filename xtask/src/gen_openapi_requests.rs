@@ -3,6 +3,7 @@
 use anyhow::{Result, bail};
 use rbee_openai::fields::{Endpoint, Fate};
 use rbee_wire::fields::{Field, Kind, MAX_INPUTS, MAX_MESSAGES, MAX_TEXT, MAX_TOOLS, Need};
+use rbee_wire::form::MAX_FORM;
 use rbee_wire::hive::Process;
 use rbee_wire::job::{Message, ToolCall};
 use rbee_wire::key::KeyView;
@@ -191,7 +192,15 @@ fn kind(kind: Kind) -> Value {
         }
         Kind::Object => json!({ "type": "object" }),
         Kind::Tools => list(&named("Tool"), MAX_TOOLS),
-        Kind::ToolChoice => json!({ "enum": ["auto", "none"] }),
+        Kind::ToolChoice => {
+            let function = json!({ "type": "object", "properties": { "name": text }, "required": ["name"] });
+            json!({ "anyOf": [{ "enum": ["auto", "none", "required"] }, {
+                "type": "object",
+                "properties": { "type": { "const": "function" }, "function": function },
+                "required": ["type", "function"],
+            }] })
+        }
+        Kind::ResponseFormat => response_format(),
         Kind::Any => json!({}),
         Kind::KeepAlive => json!({ "anyOf": [{ "type": "number" }, text] }),
     }
@@ -200,6 +209,38 @@ fn kind(kind: Kind) -> Value {
 fn shutdown() -> Value {
     let hives = json!({ "type": "boolean", "description": "stop the local hive too" });
     json!({ "type": "object", "properties": { "hives": hives }, "additionalProperties": false })
+}
+
+fn response_format() -> Value {
+    let form = |kind: &str, more: Value| {
+        let mut properties = json!({ "type": { "const": kind } });
+        let mut required = vec!["type"];
+        if !more.is_null() {
+            properties[kind] = more;
+            required.push(kind);
+        }
+        json!({ "type": "object", "properties": properties, "required": required, "additionalProperties": false })
+    };
+    let schema = json!({
+        "type": "object",
+        "properties": {
+            "name": { "type": ["string", "null"], "description": "changes nothing" },
+            "description": { "type": ["string", "null"], "description": "changes nothing" },
+            "schema": { "type": "object", "description": "a JSON schema" },
+            "strict": { "type": ["boolean", "null"], "description": "changes nothing: the schema is always adhered to" },
+        },
+        "required": ["schema"],
+        "additionalProperties": false,
+    });
+    let regex = json!({ "type": "string", "minLength": 1, "maxLength": MAX_FORM });
+    let lark = json!({ "type": "string", "minLength": 1, "maxLength": MAX_FORM, "description": "in Lark's notation" });
+    json!({ "anyOf": [
+        form("text", Value::Null),
+        form("json_object", Value::Null),
+        form("json_schema", schema),
+        form("regex", regex),
+        form("grammar", lark),
+    ] })
 }
 
 fn tool() -> Value {

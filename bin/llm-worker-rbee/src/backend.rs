@@ -7,13 +7,14 @@ mod vocabulary;
 use rbee_engine::{
     Engine, EngineConfig, EngineHandle, Goal, ModelRunner, OutputText, Reading, Request, Sampling, StepCounter, TokenId,
 };
-use rbee_tokenizer::AnswerReader;
+use rbee_tokenizer::{AnswerReader, Begins};
 use rbee_wire::fields::Violation;
 use rbee_wire::job::{Generation, invalid};
 use rbee_wire::worker::{LoadProgress, WorkerCharge, WorkerMemory};
 use rbee_wire::{ErrorBody, ErrorCode, ModelRef};
 
 use crate::args::{Backend, Cli};
+use crate::forms::AnswerIn;
 
 pub use model::inspect;
 
@@ -73,8 +74,8 @@ pub enum Answer {
     GoesOn,
     /// A text of its own.
     Text,
-    /// A text of its own in which there may be reasoning and tool calls.
-    Parts(AnswerReader),
+    /// A text of its own in which there may be reasoning, in which it may begin, and tool calls.
+    Parts(AnswerReader, Begins),
 }
 
 /// Tokens to text and back.
@@ -87,6 +88,8 @@ pub trait TextSide: Send + Sync {
     fn tokenize(&self, text: &str) -> Result<Vec<TokenId>, ErrorBody>;
     /// A fresh output of such an answer with these stop texts.
     fn output(&self, stop: &[String], answer: &Answer) -> Result<Box<dyn OutputText>, ErrorBody>;
+    /// The form that a request asks its answer to have. Blocks for as long as compiling it takes.
+    fn form(&self, generation: &Generation, answer: &Answer) -> Result<Option<AnswerIn>, ErrorBody>;
     /// The text of one token alone.
     fn token_text(&self, id: TokenId) -> String;
     /// Tokens that end a text.

@@ -170,9 +170,10 @@ async fn infer(State(api): State<Api>, headers: HeaderMap, JsonBytes(body): Json
         return Err(ErrorBody::new(ErrorCode::InvalidRequest, format!("job {job_id} runs here already")).into());
     }
     let status = api.status.clone();
-    // Tokenizing a long prompt takes milliseconds that other streams should not wait for; a short one is quicker done
-    // here than handed over.
-    let inference = if body.len() > 4096 {
+    // Tokenizing a long prompt and compiling a form take milliseconds that other streams should not wait for; a short one is
+    // quicker done here than handed over.
+    let generation = &request.generation;
+    let inference = if body.len() > 4096 || generation.response_format.is_some() || generation.must_call() {
         tokio::task::spawn_blocking(move || inference::begin(&status, loaded, request))
             .await
             .unwrap_or_else(|_| Err(ErrorBody::new(ErrorCode::Internal, "the request ended its own preparation")))?

@@ -24,6 +24,7 @@ use serde_json::json;
 
 use crate::backend::{Answer, Encoded, Loaded, SamplingDefaults, only_embeds};
 use crate::embeddings::{Embeddings, Next, Stop};
+use crate::forms::AnswerIn;
 use crate::status::Status;
 
 /// How events are written.
@@ -136,10 +137,12 @@ pub fn begin(status: &Status, loaded: Arc<Loaded>, request: InferenceRequest) ->
             resume.tokens
         }
     };
+    let form = loaded.text.form(&generation, &encoded.answer)?;
     let mut outputs = Vec::new();
     for _ in 0..choices {
         let text = loaded.text.output(&generation.stop, &encoded.answer)?;
-        outputs.push(Choice { text, resume: resumed.clone() });
+        let constraint = form.as_ref().map(AnswerIn::constraint);
+        outputs.push(Choice { text, constraint, resume: resumed.clone() });
     }
     let logprobs = generation.logprobs.unwrap_or(false).then(|| usize::from(generation.top_logprobs.unwrap_or(0)));
     let request = Request {
@@ -181,6 +184,10 @@ pub fn engine_error(error: &EngineError) -> ErrorBody {
         EngineError::ContextLength { .. } => ErrorCode::ContextLengthExceeded,
         EngineError::Invalid { field, problem } => {
             return invalid(vec![Violation { field: (*field).into(), problem: problem.clone() }]);
+        }
+        EngineError::Constraint { .. } => {
+            let problem = format!("cannot be adhered to: {error}");
+            return invalid(vec![Violation { field: "response_format".into(), problem }]);
         }
         EngineError::Overloaded(Overloaded::Full { .. }) => ErrorCode::Overloaded,
         EngineError::Overloaded(Overloaded::Draining) | EngineError::ShutDown => ErrorCode::Draining,

@@ -14,6 +14,7 @@ mod backend;
 mod channels;
 mod charge;
 mod embeddings;
+mod forms;
 mod heartbeat;
 mod http;
 mod inference;

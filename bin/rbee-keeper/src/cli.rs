@@ -149,6 +149,9 @@ pub struct AnswerArgs {
     /// A text that ends the output; may be given up to 16 times
     #[arg(long, value_name = "S", allow_hyphen_values = true)]
     pub stop: Vec<String>,
+    /// The form of the answer: `json`, a JSON schema, or @FILE with one; also a whole `response_format` as the API has it
+    #[arg(long, value_name = "FORM")]
+    pub response_format: Option<String>,
     /// Only workers of this hive
     #[arg(short = 'a', long, visible_alias = "host", value_name = "ID")]
     pub hive: Option<HiveId>,

@@ -142,8 +142,6 @@ impl Reader {
             Fate::Refused(unless) => {
                 if !asks_for_nothing(name, value, body) {
                     self.wrong(name, format!("is not supported by this build ({unless})"));
-                } else if name == "tool_choice" {
-                    self.job.insert(name.into(), value.clone());
                 }
             }
             Fate::Job(to) => {
@@ -155,14 +153,18 @@ impl Reader {
                     self.renamed.push((to, name));
                 }
             }
-            Fate::Own(_) => self.own(name, value),
+            Fate::Own(_) => self.own(name, value, body),
         }
     }
 
-    fn own(&mut self, name: &'static str, value: &Value) {
+    fn own(&mut self, name: &'static str, value: &Value, body: &Map<String, Value>) {
         match name {
             "messages" => self.messages(value),
-            "tools" => self.tools(value),
+            "tools" => {
+                let choice = body.get("tool_choice");
+                let forced = choice.is_some_and(|choice| choice == "required" || choice.is_object());
+                self.tools(value, forced);
+            }
             "input" => {
                 let one = value.is_string() || value.as_array().is_some_and(|items| items.iter().all(Value::is_number));
                 let inputs = if one && *value != json!([]) { json!([value]) } else { value.clone() };
@@ -268,7 +270,7 @@ impl Reader {
     }
 
     /// Definitions of functions, with the fields that count.
-    fn tools(&mut self, value: &Value) {
+    fn tools(&mut self, value: &Value, forced: bool) {
         let Some(tools) = value.as_array() else {
             return drop(self.job.insert("tools".into(), value.clone()));
         };
@@ -285,8 +287,8 @@ impl Reader {
             for (name, value) in function.iter().filter(|(_, value)| !value.is_null()) {
                 match name.as_str() {
                     "name" | "description" | "parameters" => drop(own.insert(name.clone(), value.clone())),
-                    // What is done anyway: nothing is enforced.
-                    "strict" if value == false => {}
+                    // What is done anyway: a call that must come has its schema, one that may come need not.
+                    "strict" if value == forced || value == false => {}
                     _ => self.ignore(format!("tools.function.{}", shown(name))),
                 }
             }
@@ -386,8 +388,7 @@ fn asks_for_nothing(name: &str, value: &Value, body: &Map<String, Value>) -> boo
         _ => false,
     };
     match name {
-        "response_format" => value["type"] == "text",
-        "tool_choice" | "function_call" => value == "none" || value == "auto",
+        "function_call" => value == "none" || value == "auto",
         "modalities" => *value == json!(["text"]),
         "best_of" => value.as_u64() == Some(body.get("n").and_then(Value::as_u64).unwrap_or(1)),
         "functions" | "echo" | "suffix" => empty,
@@ -518,6 +519,24 @@ mod tests {
     }
 
     #[test]
+    fn forms_and_calls_that_must_come_are_the_jobs_own() {
+        let schema = json!({ "name": "x", "schema": { "type": "object" }, "strict": true });
+        let format = json!({ "type": "json_schema", "json_schema": schema });
+        let generation = |more: Value| {
+            let asked = chat(more).unwrap();
+            assert_eq!(asked.ignored, Vec::<String>::new(), "strict is what is done");
+            asked.jobs.into_iter().next().unwrap().generation
+        };
+        assert_eq!(json!(generation(json!({ "response_format": format })).response_format), format);
+        let tools = json!([{ "type": "function", "function": { "name": "f", "strict": true } }]);
+        assert!(generation(json!({ "tools": tools, "tool_choice": "required" })).must_call());
+        let f = json!({ "type": "function", "function": { "name": "f" } });
+        assert!(generation(json!({ "tools": tools, "tool_choice": f })).must_call());
+        let other = json!({ "type": "function", "function": { "name": "g" } });
+        assert_eq!(chat(json!({ "tools": tools, "tool_choice": other })), Err(vec!["tool_choice".into()]));
+    }
+
+    #[test]
     fn an_input_is_one_text_or_many_or_tokens() {
         let embed = |more: Value| {
             let mut body = json!({ "model": "tinybee" });
@@ -585,10 +604,12 @@ mod tests {
         let harmless = json!({ "response_format": { "type": "text" }, "tools": [], "tool_choice": "auto" });
         assert!(chat(harmless).is_ok());
         for (name, value) in [
-            ("response_format", json!({ "type": "json_object" })),
+            ("response_format", json!({ "type": "xml" })),
+            ("response_format", json!({ "type": "json_schema", "json_schema": { "name": "x" } })),
             ("tools", json!([{ "type": "function", "function": { "name": "a b" } }])),
             ("tools", json!([{ "type": "custom", "custom": { "name": "f" } }])),
             ("tool_choice", json!("required")),
+            ("tool_choice", json!("any")),
             ("tool_choice", json!({ "type": "function", "function": { "name": "f" } })),
             ("audio", json!({})),
         ] {

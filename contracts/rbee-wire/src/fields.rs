@@ -5,6 +5,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
+use crate::form;
 use crate::ids::{MAX_ID, check_id};
 use crate::keep_alive::KeepAlive;
 use crate::model::{DeviceSpec, ModelRef};
@@ -68,8 +69,10 @@ pub enum Kind {
     Object,
     /// Definitions of functions.
     Tools,
-    /// `auto` or `none`.
+    /// `auto`, `none`, `required`, or a function by its name.
     ToolChoice,
+    /// A form that an answer must have.
+    ResponseFormat,
     /// Any JSON value, checked where it is used.
     Any,
     /// How long a model stays loaded: seconds, a text like `5m`, or -1.
@@ -202,10 +205,8 @@ fn problem(value: &Value, kind: Kind) -> Option<String> {
         }
         Kind::Object => (!value.is_object()).then(|| "must be an object".into()),
         Kind::Tools => tools_problem(value),
-        Kind::ToolChoice => match value.as_str() {
-            Some("auto" | "none") => None,
-            _ => wrong("`auto` or `none`; calls cannot be forced by this build"),
-        },
+        Kind::ToolChoice => form::choice_problem(value),
+        Kind::ResponseFormat => form::format_problem(value),
         Kind::Any => None,
         Kind::KeepAlive => KeepAlive::try_from(value.clone()).err().map(|error| error.to_string()),
     }
@@ -268,7 +269,7 @@ fn are_tokens(value: &Value) -> bool {
 }
 
 /// A name from outside as it may be shown.
-fn shown(name: &str) -> String {
+pub(crate) fn shown(name: &str) -> String {
     name.chars().take(64).collect::<String>().escape_debug().to_string()
 }
 

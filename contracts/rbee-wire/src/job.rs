@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 use crate::body::parse_object;
 use crate::error::{ErrorBody, ErrorCode};
 use crate::fields::{self, Violation};
+use crate::form::{self, ResponseFormat};
 use crate::ids::{HiveId, JobId, KeyId, WorkerId};
 use crate::keep_alive::KeepAlive;
 use crate::key::KeyCreate;
@@ -372,11 +373,11 @@ pub struct Generation {
     pub ignore_eos: Option<bool>,
     /// The form the answer must have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub response_format: Option<Value>,
+    pub response_format: Option<ResponseFormat>,
     /// Functions the model may call.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tools: Option<Vec<Value>>,
-    /// Whether functions may be called: `auto` or `none`.
+    /// Whether functions are called: `auto`, `none`, `required`, or the one that must be.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tool_choice: Option<Value>,
     /// Whether an answer may have several calls, which is the default.
@@ -391,12 +392,6 @@ pub struct Generation {
 }
 
 impl Generation {
-    /// Whether the model is told of functions and may call them.
-    pub fn may_call(&self) -> bool {
-        let none = self.tool_choice.as_ref().is_some_and(|choice| choice == "none");
-        !none && self.tools.as_ref().is_some_and(|tools| !tools.is_empty())
-    }
-
     /// The prompt, where it is given as letters.
     pub fn prompt_text(&self) -> Option<&str> {
         match &self.prompt {
@@ -634,12 +629,10 @@ pub fn check_infer(map: &Map<String, Value>, found: &mut Vec<Violation>) {
     if map.get("top_p").and_then(Value::as_f64).is_some_and(|p| p as f32 == 0.0) {
         found.push(violation("top_p", "must be above 0"));
     }
-    if given("response_format") {
-        found.push(violation("response_format", "is not supported by this build"));
-    }
     if given("tools") && !given("messages") {
         found.push(violation("tools", "needs `messages`"));
     }
+    form::check(map, found);
 }
 
 /// `worker: "cuda", device: 0` and `device: "cuda:0"` are the same.
@@ -739,7 +732,10 @@ mod tests {
                         "[{\"type\":\"function\",\"function\":{\"name\":\"a\",\"x\":1}}]",
                         "[{\"type\":\"function\",\"function\":{\"name\":\"a\"}},{\"type\":\"function\",\"function\":{\"name\":\"a\"}}]",
                     ],
-                    Kind::ToolChoice => &["1", "\"required\"", "{\"type\":\"function\",\"function\":{\"name\":\"a\"}}"],
+                    Kind::ToolChoice => {
+                        &["1", "\"any\"", "\"required\"", "{\"type\":\"function\",\"function\":{\"name\":\"a\"}}"]
+                    }
+                    Kind::ResponseFormat => &["1", "[]", "{}", "\"json\"", "{\"type\":\"json_schema\"}"],
                     Kind::KeepAlive => &["\"5x\"", "\"\"", "[]"],
                     Kind::Any => &["[]"],
                 };

@@ -8,6 +8,7 @@ pub mod channel;
 pub mod error;
 pub mod event;
 pub mod fields;
+pub mod form;
 pub mod hive;
 pub mod ids;
 pub mod job;

@@ -354,12 +354,21 @@ impl Cluster {
     /// When it does not say where it listens.
     #[track_caller]
     pub fn worker_by_hand(&self, args: &[&str]) -> HandWorker {
+        self.worker_by_hand_on("sim", args)
+    }
+
+    /// Starts a worker of this backend by hand, without a hive.
+    ///
+    /// # Panics
+    /// When it does not say where it listens.
+    #[track_caller]
+    pub fn worker_by_hand_on(&self, backend: &str, args: &[&str]) -> HandWorker {
         let queen = format!("http://{}", self.queen);
         let log = self.folder().join(format!("by-hand-{}.log", self.queen.port()));
         let log =
             std::fs::OpenOptions::new().create(true).append(true).open(log).expect("a log in the test's own home");
         let mut command = self.command(&self.bins.join("llm-worker-rbee"));
-        command.args(["--backend", "sim", "--queen", &queen]).args(args);
+        command.args(["--backend", backend, "--queen", &queen]).args(args);
         let mut child =
             command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(log).spawn().expect("the worker can be started");
         let mut stdout = std::io::BufReader::new(child.stdout.take().expect("stdout is piped"));
@@ -471,7 +480,7 @@ impl Drop for Cluster {
     }
 }
 
-/// A simulated worker that no hive watches. It ends with its value.
+/// A worker that no hive watches. It ends with its value.
 #[derive(Debug)]
 pub struct HandWorker {
     child: Child,

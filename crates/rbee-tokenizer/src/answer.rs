@@ -16,12 +16,15 @@ use xml::CallTags;
 
 /// Tags around a model's reasoning.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Tags {
-    open: &'static str,
-    close: &'static str,
+pub struct ReasoningTags {
+    /// Before it.
+    pub open: &'static str,
+    /// Behind it.
+    pub close: &'static str,
 }
 
-const REASONING: [Tags; 2] = [Tags { open: "<think>", close: "</think>" }, Tags { open: "[THINK]", close: "[/THINK]" }];
+const REASONING: [ReasoningTags; 2] =
+    [ReasoningTags { open: "<think>", close: "</think>" }, ReasoningTags { open: "[THINK]", close: "[/THINK]" }];
 
 /// How calls are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,7 +94,7 @@ impl Written {
 /// How a model writes reasoning and tool calls.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AnswerForm {
-    reasoning: Option<Tags>,
+    reasoning: Option<ReasoningTags>,
     calls: Option<Calls>,
     written: Option<Written>,
     /// Tags that are control tokens, and are needed as text.
@@ -130,13 +133,18 @@ impl AnswerForm {
         self.written
     }
 
+    /// What stands around the model's reasoning, where it is told from its answer.
+    pub fn reasoning_tags(&self) -> Option<ReasoningTags> {
+        self.reasoning
+    }
+
     /// Control tokens that a reader of this form needs as text.
     pub fn shown(&self) -> &[TokenId] {
         &self.shown
     }
 }
 
-fn reasoning(template: &ChatTemplate) -> Option<Tags> {
+fn reasoning(template: &ChatTemplate) -> Option<ReasoningTags> {
     REASONING.into_iter().find(|tags| template.sources().any(|source| source.contains(tags.close)))
 }
 
@@ -252,7 +260,7 @@ enum Part {
 /// Reads one answer. Cloning it, or pushing the same text again, rebuilds the same state.
 #[derive(Clone, Debug)]
 pub struct AnswerReader {
-    reasoning: Option<Tags>,
+    reasoning: Option<ReasoningTags>,
     calls: Option<Calls>,
     tools: Arc<[Value]>,
     most: Most,

@@ -27,7 +27,7 @@ use llguidance::{Logger, ParserFactory, TokenParser};
 use serde_json::Value;
 
 use crate::tokenizer::caught;
-use crate::{AnswerForm, Error, Most, TokenId, Tokenizer};
+use crate::{AnswerForm, Error, Most, Start, TokenId, Tokenizer};
 use vocabulary::Vocabulary;
 
 /// Longest regular expression and longest grammar, in bytes.
@@ -241,10 +241,20 @@ pub struct Grammar {
 }
 
 impl Grammar {
-    /// Begins an answer.
+    /// Begins an answer that is a text of its own.
     pub fn start(&self) -> Matcher {
+        self.start_at(Start::Fresh)
+    }
+
+    /// Begins an answer.
+    pub fn start_at(&self, start: Start) -> Matcher {
+        let at = match start {
+            Start::Fresh => At::First,
+            // Spaces that a text of its own would lose belong to it.
+            Start::Continues => At::Inside,
+        };
         // A deep copy: states of the lexer that one answer makes do not change what another may do.
-        Matcher { shared: Arc::clone(&self.shared), parser: self.parser.deep_clone(), at: At::First }
+        Matcher { shared: Arc::clone(&self.shared), parser: self.parser.deep_clone(), at }
     }
 
     /// About how much memory it takes, for the bound of a cache.

@@ -29,7 +29,7 @@ mod stream;
 mod template;
 mod tokenizer;
 
-pub use answer::{AnswerForm, AnswerReader, Begins, CallPart, Most, Piece};
+pub use answer::{AnswerForm, AnswerReader, Begins, CallPart, Most, Piece, ReasoningTags};
 pub use chat::{Chat, ChatPrompt, message};
 pub use config::TokenizerConfig;
 pub use detokenize::{Controls, Detokenizer, Start};

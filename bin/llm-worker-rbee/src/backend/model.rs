@@ -8,8 +8,8 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use rbee_engine::{CallPart, ModelRunner, OutputText, Piece, Pushed, StepCounter, TokenId};
 use rbee_models::{About, Error, Kind, ModelFiles, Needs, RunnerOptions};
 use rbee_tokenizer::{
-    AnswerForm, AnswerReader, Chat, ChatTemplate, Controls, Error as TextError, GenerationPrompt, Most, Specials,
-    Start, StopMatcher, TextStream, Tokenizer, TokenizerConfig, message,
+    AnswerForm, AnswerReader, Begins, Chat, ChatTemplate, Controls, Error as TextError, GenerationPrompt, Most,
+    Specials, Start, StopMatcher, TextStream, Tokenizer, TokenizerConfig, message,
 };
 use rbee_wire::job::{Generation, Message};
 use rbee_wire::view::LoadNeeds;
@@ -18,6 +18,7 @@ use rbee_wire::{ErrorBody, ErrorCode, ModelRef};
 use serde_json::{Value, json};
 
 use crate::args::Backend;
+use crate::forms::{AnswerIn, Forms, Opening};
 
 use super::vocabulary::TextFiles;
 use super::{Answer, DEFAULT_SLOTS, Encoded, Facts, Parts, SamplingDefaults, TextSide};
@@ -261,7 +262,8 @@ pub(super) fn load(
     let eos = about.eos;
     let tokenizer = tokenizer.with_control_ids(&eos).map_err(text)?;
     let limits = runner.limits();
-    tokenizer.check_fits(limits.vocab).map_err(text)?;
+    let vocab = limits.vocab;
+    tokenizer.check_fits(vocab).map_err(text)?;
     let tokenizer = tokenizer.with_context(limits.context);
     let template = template.map(|template| (AnswerForm::of(&template, &tokenizer), template));
     let generation = about.generation;
@@ -278,7 +280,8 @@ pub(super) fn load(
         fingerprint: Some(about.digest),
         row_invariant: true,
     };
-    let side = ModelText { tokenizer, template, eos, defaults };
+    let forms = Forms::new(vocab, eos.clone());
+    let side = ModelText { tokenizer, template, eos, defaults, forms };
     Ok(Parts { runner, text: Box::new(side), facts })
 }
 
@@ -295,6 +298,7 @@ struct ModelText {
     template: Option<(AnswerForm, ChatTemplate)>,
     eos: Vec<TokenId>,
     defaults: SamplingDefaults,
+    forms: Forms,
 }
 
 fn refused(error: &TextError) -> ErrorBody {
@@ -352,7 +356,7 @@ impl ModelText {
         let answer = if tools.is_empty() && !form.has_reasoning() {
             Answer::Text
         } else {
-            Answer::Parts(AnswerReader::new(form, prompt.begins, tools, most))
+            Answer::Parts(AnswerReader::new(form, prompt.begins, tools, most), prompt.begins)
         };
         Ok(Encoded { prompt: prompt.ids, note: None, answer })
     }
@@ -396,12 +400,23 @@ impl TextSide for ModelText {
         let start = if matches!(answer, Answer::GoesOn) { Start::Continues } else { Start::Fresh };
         let detokenizer = self.tokenizer.detokenizer(Controls::Hide, start);
         let stream = match (answer, &self.template) {
-            (Answer::Parts(reader), Some((form, _))) => {
+            (Answer::Parts(reader, _), Some((form, _))) => {
                 TextStream::new(detokenizer.showing(form.shown()), stops).with_reader(reader.clone())
             }
             _ => TextStream::new(detokenizer, stops),
         };
         Ok(Box::new(ModelOutput(stream)))
+    }
+
+    fn form(&self, generation: &Generation, answer: &Answer) -> Result<Option<AnswerIn>, ErrorBody> {
+        let opening = match answer {
+            Answer::GoesOn => Opening::Continues,
+            Answer::Text => Opening::Fresh(Begins::Fresh),
+            Answer::Parts(_, begins) => Opening::Fresh(*begins),
+        };
+        let plain = AnswerForm::default();
+        let written = self.template.as_ref().map_or(&plain, |(form, _)| form);
+        self.forms.of(generation, &self.tokenizer, written, opening)
     }
 
     fn token_text(&self, id: TokenId) -> String {

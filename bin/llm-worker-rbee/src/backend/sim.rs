@@ -5,12 +5,14 @@ use std::time::{Duration, Instant};
 use rbee_engine::sim::{self, Shape, SimModel, SimRunner, Work};
 use rbee_engine::{OutputText, Piece, Pushed, StepCounter, TokenId};
 use rbee_tokenizer::{Scan, StopMatcher};
+use rbee_wire::form::ResponseFormat;
 use rbee_wire::job::Generation;
 use rbee_wire::worker::{LoadProgress, WorkerCharge, WorkerMemory};
 use rbee_wire::{ErrorBody, ErrorCode};
 
 use super::{Answer, Encoded, Facts, Parts, SamplingDefaults, TextSide};
 use crate::args::{Cli, SimArgs};
+use crate::forms::{self, AnswerIn};
 
 const BLOCK: usize = 16;
 
@@ -104,6 +106,14 @@ impl TextSide for SimSide {
         let stops =
             StopMatcher::new(stop).map_err(|error| ErrorBody::new(ErrorCode::InvalidRequest, error.to_string()))?;
         Ok(Box::new(SimOutput(stops)))
+    }
+
+    fn form(&self, generation: &Generation, _: &Answer) -> Result<Option<AnswerIn>, ErrorBody> {
+        match generation.response_format {
+            None | Some(ResponseFormat::Text {}) => Ok(None),
+            // Its tokens are words without a meaning.
+            Some(_) => Err(forms::none_here()),
+        }
     }
 
     fn token_text(&self, id: TokenId) -> String {

@@ -44,7 +44,7 @@ pub(crate) async fn chat(context: &Context, mut args: ChatArgs) -> Result<Outcom
     }
     let model = args.model.map(|model| model_ref(&model, context.user.as_deref())).transpose()?;
     let transcript = Transcript { system: args.answer.system.take(), turns: Vec::new() };
-    let mut chat = Chat { context, settings: settings(model, args.answer), transcript };
+    let mut chat = Chat { context, settings: settings(model, args.answer)?, transcript };
     // What can be seen to be wrong is said before anything is started.
     chat.job("")?;
     connect::reach(context, Start::IfNeeded).await?;

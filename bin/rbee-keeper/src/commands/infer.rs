@@ -1,14 +1,16 @@
 //! `infer`, `run` and `job attach`: text to stdout as it comes, everything else to stderr.
 
+use std::fs;
 use std::io::{self, IsTerminal, Read, Write};
 use std::path::{Path, PathBuf};
 
 use rbee_wire::event::{Event, Token};
 use rbee_wire::fields::MAX_TEXT;
+use rbee_wire::form::{NamedSchema, ResponseFormat};
 use rbee_wire::job::{Generation, Infer, Message};
 use rbee_wire::model::TINYBEE;
 use rbee_wire::{ErrorBody, ErrorCode, JobRequest, ModelRef};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::chat;
 use crate::cli::{AnswerArgs, ChatArgs, GenerateArgs, InferArgs, RunArgs};
@@ -54,7 +56,7 @@ async fn generate(
     let detach = args.detach;
     let model = model.map(|model| model_ref(model, context.user.as_deref())).transpose()?;
     // What can be seen to be wrong is said before anything is started.
-    let job = checked(&request(model, prompt, args))?;
+    let job = checked(&request(model, prompt, args)?)?;
     let queen = connect::queen(context, Start::IfNeeded).await?;
     if detach {
         let accepted = queen.post_job(&job, None).await?;
@@ -65,10 +67,10 @@ async fn generate(
     follow(context, Follower::new(context, queen, stream, "waiting for a worker"), print).await
 }
 
-fn request(model: Option<ModelRef>, prompt: String, args: GenerateArgs) -> JobRequest {
+fn request(model: Option<ModelRef>, prompt: String, args: GenerateArgs) -> Result<JobRequest, Failure> {
     let GenerateArgs { mut answer, raw, detach, .. } = args;
     let system = answer.system.take();
-    let mut infer = settings(model, answer);
+    let mut infer = settings(model, answer)?;
     if raw {
         infer.generation.prompt = Some(prompt.into());
         infer.generation.raw = Some(true);
@@ -77,12 +79,15 @@ fn request(model: Option<ModelRef>, prompt: String, args: GenerateArgs) -> JobRe
         infer.generation.messages = Some(system.into_iter().chain([Message::new("user", prompt)]).collect());
     }
     infer.detach = detach.then_some(true);
-    JobRequest::Infer(Box::new(infer))
+    Ok(JobRequest::Infer(Box::new(infer)))
 }
 
 /// A request as the flags say, but for what is to be answered.
-pub(super) fn settings(model: Option<ModelRef>, args: AnswerArgs) -> Infer {
-    Infer {
+///
+/// # Errors
+/// For a form that is none.
+pub(super) fn settings(model: Option<ModelRef>, args: AnswerArgs) -> Result<Infer, Failure> {
+    Ok(Infer {
         model,
         generation: Generation {
             max_tokens: args.max_tokens,
@@ -93,6 +98,7 @@ pub(super) fn settings(model: Option<ModelRef>, args: AnswerArgs) -> Infer {
             repetition_penalty: args.repeat_penalty,
             stop: args.stop,
             seed: args.seed,
+            response_format: args.response_format.as_deref().map(form).transpose()?,
             ..Generation::default()
         },
         device: args.device,
@@ -102,7 +108,35 @@ pub(super) fn settings(model: Option<ModelRef>, args: AnswerArgs) -> Infer {
         no_load: args.no_load.then_some(true),
         keep_alive: args.keep_alive,
         ..Infer::default()
+    })
+}
+
+/// The form of the answer, as `--response-format` has it.
+fn form(text: &str) -> Result<ResponseFormat, Failure> {
+    let wrong = |problem: String| {
+        Failure::usage(format!("--response-format {problem}"))
+            .hint("give `json`, a JSON schema, or @FILE with one: --response-format '{\"type\":\"object\"}'")
+    };
+    if text == "json" {
+        return Ok(ResponseFormat::JsonObject {});
     }
+    let text = match text.strip_prefix('@') {
+        None => text.to_owned(),
+        Some(path) => fs::read_to_string(path)
+            .map_err(|error| wrong(format!("names {}, which cannot be read: {error}", path.escape_debug())))?,
+    };
+    let value: Value = serde_json::from_str(&text).map_err(|error| wrong(format!("is no JSON: {error}")))?;
+    let Value::Object(fields) = value else { return Err(wrong("is no JSON object".into())) };
+    // No schema's type has one of these names.
+    let whole = matches!(
+        fields.get("type").and_then(Value::as_str),
+        Some("text" | "json_object" | "json_schema" | "regex" | "grammar")
+    );
+    if !whole {
+        let json_schema = NamedSchema { schema: fields, ..NamedSchema::default() };
+        return Ok(ResponseFormat::JsonSchema { json_schema });
+    }
+    serde_json::from_value(Value::Object(fields)).map_err(|error| wrong(format!("is no response format: {error}")))
 }
 
 /// The job as the queen will read it.
@@ -303,7 +337,7 @@ mod tests {
 
     #[test]
     fn a_chat_message_is_sent_unless_raw() {
-        let json = |args: GenerateArgs| serde_json::to_value(request(None, "hi".into(), args)).unwrap();
+        let json = |args: GenerateArgs| serde_json::to_value(request(None, "hi".into(), args).unwrap()).unwrap();
         assert_eq!(
             json(GenerateArgs {
                 answer: AnswerArgs { system: Some("be".into()), temperature: Some(0.5), ..Default::default() },
@@ -320,6 +354,33 @@ mod tests {
             }),
             json!({"operation": "infer", "prompt": "hi", "raw": true, "stop": ["x"]})
         );
+    }
+
+    #[test]
+    fn a_form_is_a_word_a_schema_or_the_apis_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("schema.json");
+        std::fs::write(&file, r#"{"type":"array"}"#).unwrap();
+        let get = |text: &str| match form(text) {
+            Ok(form) => serde_json::to_string(&form).unwrap(),
+            Err(failure) => format!("{}: {}", failure.exit.code(), failure.message),
+        };
+        let schema = |text: &str| format!(r#"{{"type":"json_schema","json_schema":{{"schema":{text}}}}}"#);
+        assert_eq!(get("json"), r#"{"type":"json_object"}"#);
+        let object = r#"{"type":"object","properties":{"b":{},"a":{}}}"#;
+        assert_eq!(get(object), schema(object));
+        assert_eq!(get("{}"), schema("{}"));
+        assert_eq!(get(&format!("@{}", file.display())), schema(r#"{"type":"array"}"#));
+        assert_eq!(get(r#"{"type":"regex","regex":"a+"}"#), r#"{"type":"regex","regex":"a+"}"#);
+        for (wrong, why) in [
+            ("xml", "is no JSON"),
+            ("[1]", "is no JSON object"),
+            ("@/none/of/this", "cannot be read"),
+            (r#"{"type":"regex"}"#, "is no response format"),
+        ] {
+            let told = get(wrong);
+            assert!(told.starts_with("2: --response-format") && told.contains(why), "{told}");
+        }
     }
 
     #[test]

@@ -25,6 +25,7 @@ const NAMES: &[&str] = &[
     "stop",
     "ignore_eos",
     "logit_bias",
+    "response_format",
     "chat_template_kwargs",
 ];
 
@@ -131,6 +132,7 @@ mod tests {
             ("stop", "7", json!(["7"])),
             ("stop", r#"["a","b"]"#, json!(["a", "b"])),
             ("stop", r#""default""#, json!(["default"])),
+            ("response_format", r#"{"type":"json_object"}"#, json!({"type": "json_object"})),
             ("chat_template_kwargs", r#"{"enable_thinking":false}"#, json!({"enable_thinking": false})),
         ] {
             settings = set(&settings, name, typed).unwrap();
