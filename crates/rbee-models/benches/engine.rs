@@ -5,6 +5,8 @@
 
 #![expect(clippy::unwrap_used, reason = "a bench that cannot measure ends")]
 
+#[path = "support/forms.rs"]
+mod forms;
 #[path = "support/random_model.rs"]
 mod random_model;
 
@@ -232,9 +234,14 @@ fn main() {
         options.threads,
         before.elapsed().as_secs_f64(),
     );
-    decode(&mut runner, rounds);
+    if flag("--only").is_none() {
+        decode(&mut runner, rounds);
+    }
     let config = EngineConfig { slots: 8, step_tokens: 8 + PREFILL_CHUNK, prefill_chunk: PREFILL_CHUNK, queue: 8 };
     let mut engine = Engine::new(Box::new(runner), config).unwrap();
-    prefill(&mut engine, rounds);
-    gap(&mut engine);
+    if flag("--only").is_none_or(|only| only != "forms") {
+        prefill(&mut engine, rounds);
+        gap(&mut engine);
+    }
+    forms::forms(&mut engine, rounds);
 }
