@@ -220,6 +220,11 @@ fn a_schema_that_cannot_be_enforced_is_refused_by_name_and_place() {
         (json!({"type": "object", "additionalProperties": {"const": 1}, "minProperties": 2}), "`minProperties`"),
         (json!({"$ref": "#"}), "no value can end"),
         (
+            json!({"type": "object", "properties": {"x": {"$ref": "#/$defs/endless"}}, "$defs": {
+                "endless": {"type": "object", "properties": {"next": {"$ref": "#/$defs/endless"}}, "required": ["next"]}}}),
+            "no value can end",
+        ),
+        (
             json!({"$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}),
             "no value can end",
         ),
