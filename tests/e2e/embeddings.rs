@@ -86,6 +86,7 @@ fn an_embedding_model_makes_its_vectors_and_refuses_all_else_by_name() {
     let cluster = Setup::real().home();
     let folder = encoder("bert").canonicalize().unwrap();
     let model = folder.display().to_string();
+    cluster.rbee(&["worker", "spawn", "--model", &model]).exits(0);
     embeds(&cluster, &model, &golden(&folder));
     // Longer than the folder's `max_seq_length`: refused with its length, never cut.
     let long = "a bee flies home ".repeat(40);
@@ -128,6 +129,7 @@ fn an_embedding_model_is_fetched_with_what_its_folder_declares() {
     let repo = small.iter().fold(HubRepo::new(), |repo, name| repo.file(name, read(name)));
     hub.put("org/encoder", "main", repo.lfs("model.safetensors", read("model.safetensors")));
     let cluster = Setup::real().env("HF_ENDPOINT", &hub.url).env("RBEE_HUB_MIRRORS", &hub.cdn).home();
+    cluster.rbee(&["worker", "spawn", "--model", "org/encoder"]).exits(0);
     // It declares `cls`, which is not what a folder without modules gets.
     embeds(&cluster, "org/encoder", &golden(&folder));
 }
