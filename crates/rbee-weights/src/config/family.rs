@@ -1,5 +1,6 @@
 //! The model families: what each reads from its config, and its defaults where a key is missing (transformers 5.23).
 
+use super::encoder::EncoderFamily;
 use super::reader::Reader;
 use super::rope::{Around, Rope, rope};
 use super::{
@@ -95,7 +96,12 @@ impl Family {
             let all: Vec<&str> = Self::ALL.into_iter().map(Self::model_type).collect();
             Error::unsupported(
                 CONFIG,
-                format!("model_type `{}` is not one of {}", shown.escape_debug(), all.join(", ")),
+                format!(
+                    "model_type `{}` is not one of {}, or for embeddings {}",
+                    shown.escape_debug(),
+                    all.join(", "),
+                    EncoderFamily::ALL.map(EncoderFamily::model_type).join(", ")
+                ),
             )
         })
     }
