@@ -38,7 +38,7 @@ the file; the other kinds have 16 bits, rounded to f16. Products are with f32 ac
 numbers differ by that much. Vocabularies: byte-level BPE with the rules for words that llama.cpp knows by name, and SentencePiece with
 scores; an unknown rule is refused by its name.
 
-## Not taken
+## Bounds
 
 Refused by name, as their results would be others: quantized checkpoints (`quantization_config`), `dynamic` rope, whose
 results depend on how a text was cut, activations other than SiLU and tanh-GELU, bidirectional attention, and any tensor that the

@@ -168,11 +168,7 @@ pub const INFER_FIELDS: &[Field] = &[
     optional("top_logprobs", Kind::Int(0, 20), "send that many of the likeliest tokens; needs `logprobs`"),
     optional("n", Kind::Int(1, 16), "how many answers"),
     optional("ignore_eos", Kind::Bool, "go on after an end-of-text token"),
-    optional(
-        "response_format",
-        Kind::ResponseFormat,
-        "the form the answer must have: JSON, JSON of a schema, what a regular expression matches, or a grammar's language",
-    ),
+    optional("response_format", Kind::ResponseFormat, "the form the answer must have, such as JSON"),
     optional("tools", Kind::Tools, "functions the model may call; needs `messages`"),
     optional(
         "tool_choice",
