@@ -113,7 +113,7 @@ impl Kind {
 
 /// Whether llama.cpp takes the larger kind for this layer's values and its MLP's last matrix.
 fn is_better(layer: u64) -> bool {
-    layer < LAYERS / 8 || layer >= 7 * LAYERS / 8 || (layer - LAYERS / 8) % 3 == 2
+    !(LAYERS / 8..7 * LAYERS / 8).contains(&layer) || (layer - LAYERS / 8) % 3 == 2
 }
 
 /// Writes the file.

@@ -272,7 +272,7 @@ fn sixty_tools_of_a_hundred_kilobytes_work_or_one_is_named() {
         let properties: serde_json::Map<String, Value> = (0..10).map(property).collect();
         tool(
             &format!("tool_{i}"),
-            if i % 10 == 0 {
+            if i.is_multiple_of(10) {
                 json!({ "type": "object", "properties": {} })
             } else {
                 json!({ "type": "object", "properties": properties, "required": ["field_0"] })

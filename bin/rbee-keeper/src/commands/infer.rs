@@ -360,7 +360,7 @@ mod tests {
     fn a_form_is_a_word_a_schema_or_the_apis_own() {
         let folder = tempfile::tempdir().unwrap();
         let file = folder.path().join("schema.json");
-        std::fs::write(&file, r#"{"type":"array"}"#).unwrap();
+        fs::write(&file, r#"{"type":"array"}"#).unwrap();
         let get = |text: &str| match form(text) {
             Ok(form) => serde_json::to_string(&form).unwrap(),
             Err(failure) => format!("{}: {}", failure.exit.code(), failure.message),
@@ -387,7 +387,7 @@ mod tests {
     fn a_models_path_becomes_absolute_and_names_stay_names() {
         let folder = tempfile::tempdir().unwrap();
         let root = folder.path().canonicalize().unwrap();
-        std::fs::create_dir(root.join("m")).unwrap();
+        fs::create_dir(root.join("m")).unwrap();
         let get = |text: &str| {
             let model = model_ref(text, Some(&root)).map_err(|failure| failure.exit.code())?;
             Ok(model.to_string())
