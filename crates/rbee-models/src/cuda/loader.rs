@@ -3,7 +3,7 @@
 //! The kernels take inputs in steps of 32 and heads of certain widths. What a model has less of is padded with zeros, which
 //! change no sum: a row of the residual stream, each head, each half of an MLP.
 
-use half::{bf16, f16};
+use half::bf16;
 use rbee_cuda::{Buffer, Experts, Gpu, Heads, Kv, Linear, Norm, QkNorm, STEP, WIDTHS};
 use rbee_kernels::WeightType;
 use rbee_kernels::packed::widen;
