@@ -14,13 +14,13 @@ use crate::with;
 
 /// How the matrices of the file are written.
 #[derive(Clone, Copy)]
-enum Stored {
+pub(crate) enum Stored {
     Bf16,
     Q8_0,
 }
 
 /// The built-in model as a GGUF file, as llama.cpp's converter would make it.
-fn tinybee(stored: Stored) -> File {
+pub(crate) fn tinybee(stored: Stored) -> File {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tinybee/model");
     let json = |name: &str| -> Value { serde_json::from_slice(&fs::read(folder.join(name)).unwrap()).unwrap() };
     let (config, tokenizer) = (json("config.json"), json("tokenizer.json"));
@@ -157,7 +157,7 @@ fn split(whole: &File, parts: usize) -> Vec<Vec<u8>> {
 }
 
 /// A file in the cluster's folder.
-fn put(cluster: &Cluster, name: &str, bytes: &[u8]) -> String {
+pub(crate) fn put(cluster: &Cluster, name: &str, bytes: &[u8]) -> String {
     let path = cluster.folder().join(name);
     fs::write(&path, bytes).unwrap();
     path.display().to_string()
@@ -227,6 +227,13 @@ fn a_file_that_no_model_comes_of_fails_its_load_with_a_code_and_the_cause() {
     let key = |file: &mut File, name: &str, value: Meta| {
         file.keys.iter_mut().find(|(key, _)| key == name.as_bytes()).unwrap().1 = value;
     };
+    fn texts(file: &mut File) -> &mut Vec<String> {
+        let tokens = file.keys.iter_mut().find(|(key, _)| key == b"tokenizer.ggml.tokens");
+        match &mut tokens.unwrap().1 {
+            Meta::Texts(texts) => texts,
+            other => panic!("{other:?}"),
+        }
+    }
     let whole = sound.bytes();
     type Case<'c> = (&'c str, Vec<u8>, ErrorCode, &'c str);
     let cases: Vec<Case<'_>> = vec![
@@ -265,6 +272,42 @@ fn a_file_that_no_model_comes_of_fails_its_load_with_a_code_and_the_cause() {
             "bee-00002-of-00002.gguf",
         ),
     ];
+    let aligned = |name, value: Meta, says| {
+        (
+            name,
+            changed(&|file| file.keys.push(("general.alignment".into(), value.clone()))),
+            ErrorCode::ModelCorrupt,
+            says,
+        )
+    };
+    let cases = cases.into_iter().chain([
+        aligned("aligned-0.gguf", Meta::U32(0), "no power of two"),
+        aligned("aligned-3.gguf", Meta::U32(3), "no power of two"),
+        aligned("aligned-2-31.gguf", Meta::U32(1 << 31), "no power of two"),
+        aligned("aligned-text.gguf", "32".into(), "must be a u32"),
+        (
+            "end.gguf",
+            changed(&|file| key(file, "tokenizer.ggml.eos_token_id", Meta::U32(70_000))),
+            ErrorCode::ModelCorrupt,
+            "70000",
+        ),
+        (
+            "begin.gguf",
+            changed(&|file| file.keys.push(("tokenizer.ggml.bos_token_id".into(), Meta::U32(70_000)))),
+            ErrorCode::ModelCorrupt,
+            "70000",
+        ),
+        ("fewer.gguf", changed(&|file| drop(texts(file).pop())), ErrorCode::ModelCorrupt, "2047 tokens"),
+        (
+            "not-numbers.gguf",
+            changed(&|file| {
+                let end = file.data.len();
+                file.data[end - 64..].fill(0xff);
+            }),
+            ErrorCode::ModelCorrupt,
+            "not numbers",
+        ),
+    ]);
     for (name, bytes, code, says) in cases {
         let path = put(&cluster, name, &bytes);
         let job = with(crate::infer("x", 4), json!({ "model": path }));

@@ -14,6 +14,7 @@ mod families;
 mod faults;
 mod forms;
 mod gguf;
+mod hostile_gguf;
 mod infer;
 mod jobs;
 mod keys;

@@ -89,11 +89,15 @@ impl Process {
     /// # Panics
     /// When the system does not tell.
     pub fn peak(&self) -> u64 {
-        let text = fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap_or_default();
-        let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"));
-        let kib = line.and_then(|rest| rest.split_whitespace().next()?.parse::<u64>().ok());
-        kib.expect("the system tells a process's peak") << 10
+        peak(self.pid).expect("the system tells a process's peak")
     }
+}
+
+/// Most bytes of a process that were in memory at once; `None` when it has ended.
+pub fn peak(pid: u32) -> Option<u64> {
+    let text = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let line = text.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
+    Some(line.split_whitespace().next()?.parse::<u64>().ok()? << 10)
 }
 
 /// User and system time that a process has used.

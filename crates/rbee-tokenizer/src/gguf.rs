@@ -20,10 +20,11 @@ use serde_json::{Map, Value, json};
 use crate::{Error, TokenId};
 use split::{Bos, WholeWords};
 
-/// Cap of tokens: that of ids in a `tokenizer.json`.
-const MAX_TOKENS: usize = 1 << 22;
+/// Cap of tokens; the largest vocabularies in use have a quarter million. A `tokenizer.json` of many more is refused in any case,
+/// and making it takes memory.
+const MAX_TOKENS: usize = 1 << 20;
 /// Cap of merges; the largest vocabularies in use have half a million.
-const MAX_MERGES: usize = 1 << 22;
+const MAX_MERGES: usize = 1 << 20;
 /// Cap of all texts together, in bytes; the file that is made of them may have little more.
 const MAX_TEXT: usize = crate::MAX_TOKENIZER_BYTES;
 /// Cap of a token that is cut at every place, in bytes: bounds that work. SentencePiece's own are below 100.
