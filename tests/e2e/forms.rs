@@ -261,3 +261,133 @@ fn an_answer_of_a_form_survives_the_death_of_its_worker_with_the_same_tokens() {
     let refused = second.http.stream_of("/v1/inference", &ask("d", resume)).rest();
     assert_eq!(violations(&refused.error())[0].field, "resume");
 }
+
+/// What each of many tools says it is good for. It is one token of the model, for its prompts are computed.
+fn description() -> String {
+    "What it is good for, when to take it and what to give it, at some length. ".repeat(20)
+}
+
+/// A tool's parameters: one takes a long text, one has none, and the others are of every sort.
+fn parameters(number: usize) -> Value {
+    let sort = |number: usize| match number % 5 {
+        0 => json!({ "type": "string", "maxLength": 12 }),
+        1 => json!({ "type": "integer", "minimum": 0, "maximum": 20 }),
+        2 => json!({ "enum": ["worker", "queen", null] }),
+        3 => json!({ "type": "array", "items": { "type": "boolean" }, "maxItems": 3 }),
+        _ => json!({ "anyOf": [{ "type": "number" }, { "type": "null" }] }),
+    };
+    match number {
+        7 => json!({ "type": "object", "properties": { "text": { "type": "string", "maxLength": 524_288 } },
+            "required": ["text"], "additionalProperties": false }),
+        8 => json!({ "type": "object", "properties": {} }),
+        _ => {
+            json!({ "type": "object", "properties": { "a": sort(number), "b": sort(number + 1), "c": sort(number + 2) },
+            "required": ["a", "c"], "additionalProperties": false })
+        }
+    }
+}
+
+/// Whether a call's arguments are as its tool has them.
+fn check_arguments(number: usize, text: &str) {
+    let given: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"));
+    let given = given.as_object().unwrap_or_else(|| panic!("no object: {text}"));
+    let is = |number: usize, value: &Value| match number % 5 {
+        0 => value.as_str().is_some_and(|text| text.chars().count() <= 12),
+        1 => value.as_u64().is_some_and(|number| number <= 20),
+        2 => [json!("worker"), json!("queen"), Value::Null].contains(value),
+        3 => value.as_array().is_some_and(|items| items.len() <= 3 && items.iter().all(Value::is_boolean)),
+        _ => value.is_number() || value.is_null(),
+    };
+    match number {
+        7 => assert!(given.len() == 1 && given["text"].as_str().unwrap().chars().count() <= 524_288, "{text}"),
+        8 => {}
+        _ => {
+            assert!(given.contains_key("a") && given.contains_key("c"), "{text}");
+            for (name, value) in given {
+                let at = ["a", "b", "c"].iter().position(|known| known == name);
+                assert!(at.is_some_and(|at| is(number + at, value)), "{number}: `{name}` of {text}");
+            }
+        }
+    }
+}
+
+/// W8: many tools with large schemas, of which one alone would be too odd for many a server.
+#[test]
+fn sixty_tools_of_a_hundred_kilobytes_are_called_as_they_must_be_or_one_is_named() {
+    const TOOLS: usize = 60;
+    let cluster = Setup::real().home();
+    let description = description();
+    // No token of its own begins a call where it must be the beginning: such a call is of any tool.
+    let call =
+        ["Yes.\n<tool_call>{\"name\": \"tool_9", "\", \"arguments\": {\"a\": null", ", \"c\": 5}", "}</tool_call>"];
+    let talk = ["<think>", "\nHm", ".\n</think", ">\n\n", "I would", " rather talk"];
+    let never = ["</tool_call>", &description];
+    let calls = "messages[-1].content == 'call'";
+    let model = scripted::write(cluster.folder(), HISTORY, &[(calls, &call), ("true", &talk), ("true", &never)]);
+    // As long as its prompts are.
+    let config = model.join("config.json");
+    let mut longer: Value = serde_json::from_slice(&std::fs::read(&config).unwrap()).unwrap();
+    longer["max_position_embeddings"] = json!(32_768);
+    std::fs::write(&config, longer.to_string()).unwrap();
+    let model = model.display().to_string();
+    cluster.rbee(&["worker", "spawn", "--model", &model, "--ctx", "32768", "--slots", "2"]).exits(0);
+    let tools = |odd: Option<usize>| -> Value {
+        let tool = |number: usize| {
+            let parameters = if odd == Some(number) { json!({ "type": "thing" }) } else { parameters(number) };
+            let function =
+                json!({ "name": format!("tool_{number}"), "description": description, "parameters": parameters });
+            json!({ "type": "function", "function": function })
+        };
+        (0..TOOLS).map(tool).collect()
+    };
+    let size = tools(None).to_string().len();
+    assert!((95_000..120_000).contains(&size), "{size}");
+    let ask = |tools: &Value, said: &str, more: Value| {
+        let messages = json!([{ "role": "user", "content": said }]);
+        let body = json!({ "model": model, "messages": messages, "tools": tools, "temperature": 1.0, "max_tokens": 6000,
+            "parallel_tool_calls": false });
+        cluster.queen().post("/v1/chat/completions", &with(body, more))
+    };
+    let called = |answer: &Value| -> usize {
+        let said = &answer["choices"][0];
+        assert_eq!(said["finish_reason"], "tool_calls", "{answer}");
+        let calls = said["message"]["tool_calls"].as_array().unwrap();
+        assert_eq!(calls.len(), 1, "{answer}");
+        let name = calls[0]["function"]["name"].as_str().unwrap();
+        let number = name.strip_prefix("tool_").unwrap().parse().unwrap();
+        assert!(number < TOOLS, "{answer}");
+        check_arguments(number, calls[0]["function"]["arguments"].as_str().unwrap());
+        number
+    };
+    let all = tools(None);
+    let mut numbers = std::collections::BTreeSet::new();
+    for seed in 0..6 {
+        let answer = ask(&all, "hi", json!({ "tool_choice": "required", "seed": seed }));
+        assert_eq!(answer.status(), 200, "{}", answer.text());
+        let answer: Value = answer.json();
+        assert!(answer["usage"]["prompt_tokens"].as_u64().unwrap() > 5000, "the tools are in the prompt: {answer}");
+        numbers.insert(called(&answer));
+    }
+    assert!(numbers.len() > 1, "{numbers:?}");
+    for number in [7, 8] {
+        let named = json!({ "type": "function", "function": { "name": format!("tool_{number}") } });
+        assert_eq!(called(&ask(&all, "hi", json!({ "tool_choice": named, "seed": 1 })).json()), number);
+    }
+    // As the model likes: it talks, or calls.
+    let talks: Value = ask(&all, "hi", json!({ "tool_choice": "auto" })).json();
+    assert_eq!(talks["choices"][0]["message"]["content"], "I would rather talk", "{talks}");
+    assert_eq!(talks["choices"][0]["finish_reason"], "stop", "{talks}");
+    assert_eq!(called(&ask(&all, "call", json!({ "tool_choice": "auto" })).json()), 9);
+    // One odd schema among them is named, where it must be adhered to.
+    let odd = tools(Some(41));
+    let refused = ask(&odd, "hi", json!({ "tool_choice": "required" }));
+    assert_eq!(refused.status(), 400, "{}", refused.text());
+    let error = refused.json::<Value>()["error"].clone();
+    assert_eq!(
+        (error["param"].as_str(), error["type"].as_str()),
+        (Some("tools"), Some("invalid_request_error")),
+        "{error}"
+    );
+    assert!(error["message"].as_str().unwrap().contains("`tool_41`"), "{error}");
+    assert_eq!(called(&ask(&odd, "call", json!({ "tool_choice": "auto" })).json()), 9);
+}
