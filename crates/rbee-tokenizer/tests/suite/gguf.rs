@@ -218,6 +218,10 @@ fn what_stands_before_a_text_is_what_the_file_or_its_kind_says() {
     assert_eq!(with("llama", |m| m.bos = None), ["<s>", "▁a"]);
     assert_eq!(with("llama", |m| m.add_bos = Some(false)), ["▁a"]);
     assert_eq!(with("gemma", |_| ()), ["<s>", "a"]);
+    // Behind it, where it is complete.
+    let ended = Metadata { add_eos: Some(true), ..metadata("bytes") };
+    let ids = ended.tokenizer().encode_whole("a").unwrap();
+    assert_eq!(ids.iter().map(|&id| ended.tokens[id as usize].as_str()).collect::<Vec<_>>(), ["a", "<|endoftext|>"]);
 }
 
 #[test]
