@@ -6,9 +6,8 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, bail};
 
 use crate::matmul::matmul;
 use crate::ops::{self, Gate};
-use crate::packed::{NotFinite, Packed, WeightType};
+use crate::packed::{NotFinite, Packed, Part};
 use crate::pool::Pool;
-use crate::quantized::Quantization;
 use crate::simd::Isa;
 
 /// The threads and the instruction set that a model's ops use.
@@ -29,17 +28,12 @@ impl Compute {
         self.isa
     }
 
-    /// Packs matrices with fewer bits, on all threads.
+    /// Packs matrices, on all threads.
     ///
     /// # Errors
-    /// As [`Packed::quantized`].
-    pub fn quantized(
-        &self,
-        form: Quantization,
-        parts: &[(WeightType, &[u8])],
-        k: usize,
-    ) -> std::result::Result<Packed, NotFinite> {
-        Packed::quantized(&mut self.pool.lock().unwrap_or_else(PoisonError::into_inner), form, parts, k)
+    /// As [`Packed::new`].
+    pub fn packed(&self, parts: &[Part<'_>], k: usize) -> std::result::Result<Packed, NotFinite> {
+        Packed::new(&mut self.pool.lock().unwrap_or_else(PoisonError::into_inner), parts, k)
     }
 
     /// Runs `task(i)` for every `i` in `0..tasks` on all threads.

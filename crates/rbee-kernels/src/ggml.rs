@@ -78,8 +78,11 @@ impl Blocks {
     /// The form of ours that has these blocks' very values, if there is one.
     pub fn form(self) -> Option<Quantization> {
         match self {
-            Self::Q4_0 | Self::Q5_0 | Self::Q8_0 => Some(Quantization::Q8_0),
+            Self::Q5_0 | Self::Q8_0 => Some(Quantization::Q8_0),
+            Self::Q4_0 => Some(Quantization::Q4_0),
             Self::Q4K => Some(Quantization::Q4K),
+            Self::Q5K => Some(Quantization::Q5K),
+            Self::Q3K | Self::Q6K => Some(Quantization::Q6K),
             _ => None,
         }
     }
@@ -105,33 +108,55 @@ pub(crate) fn widen(blocks: Blocks, bytes: &[u8]) -> Result<Vec<f32>, NotFinite>
     if values.iter().all(|value| value.is_finite()) { Ok(values) } else { Err(NotFinite) }
 }
 
-/// The same values as blocks of a form, if that is the form that has them: see [`Blocks::form`].
+/// The same values as ggml's blocks of a form, if it has them. [`Blocks::form`] is the form with the fewest bits that does.
 pub(crate) fn same(blocks: Blocks, form: Quantization, bytes: &[u8]) -> Option<Cow<'_, [u8]>> {
-    if blocks.form() != Some(form) {
-        return None;
-    }
-    let low = |out: &mut [u8], halves: &[u8], high: &dyn Fn(usize) -> u8, less: i8| {
-        for (i, byte) in halves.iter().enumerate() {
-            out[i] = ((byte & 15 | high(i)) as i8 - less) as u8;
-            out[i + 16] = ((byte >> 4 | high(i + 16)) as i8 - less) as u8;
+    let out = || vec![0; bytes.len() / blocks.bytes() * Blocks::Q8_0.bytes()];
+    let widened = |high: fn(&[u8], usize) -> u8, halves: usize, less: i8| {
+        let mut out = out();
+        for (block, out) in bytes.chunks_exact(blocks.bytes()).zip(out.chunks_exact_mut(Blocks::Q8_0.bytes())) {
+            out[..2].copy_from_slice(&block[..2]);
+            for (i, byte) in block[halves..].iter().enumerate() {
+                out[2 + i] = ((byte & 15 | high(block, i)) as i8 - less) as u8;
+                out[18 + i] = ((byte >> 4 | high(block, i + 16)) as i8 - less) as u8;
+            }
         }
+        out
     };
-    let mut out = vec![0; bytes.len() / blocks.bytes() * Blocks::Q8_0.bytes()];
-    let pairs = bytes.chunks_exact(blocks.bytes()).zip(out.chunks_exact_mut(Blocks::Q8_0.bytes()));
-    match blocks {
-        Blocks::Q4_0 => pairs.for_each(|(block, out)| {
-            out[..2].copy_from_slice(&block[..2]);
-            low(&mut out[2..], &block[2..], &|_| 0, 8);
-        }),
+    match (blocks, form) {
+        (Blocks::Q4_0, Quantization::Q8_0) => Some(Cow::Owned(widened(|_, _| 0, 2, 8))),
         // The fifth bits of all 32 come first.
-        Blocks::Q5_0 => pairs.for_each(|(block, out)| {
-            out[..2].copy_from_slice(&block[..2]);
-            let high = u32::from_le_bytes([block[2], block[3], block[4], block[5]]);
-            low(&mut out[2..], &block[6..], &|i| ((high >> i & 1) << 4) as u8, 16);
-        }),
-        _ => return Some(Cow::Borrowed(bytes)),
+        (Blocks::Q5_0, Quantization::Q8_0) => Some(Cow::Owned(widened(|block, i| (block[2 + i / 8] >> (i % 8) & 1) << 4, 6, 16))),
+        (Blocks::Q3K, Quantization::Q6K) => {
+            Some(Cow::Owned(bytes.chunks_exact(blocks.bytes()).flat_map(six_bits_of_three).collect()))
+        }
+        _ if blocks.form() == Some(form) => Some(Cow::Borrowed(bytes)),
+        _ => None,
     }
-    Some(Cow::Owned(out))
+}
+
+/// A block of Q6_K with the values of one of Q3_K, which is 32 bytes of third bits, 64 of lower bits, 12 of scales, f16 `d`.
+fn six_bits_of_three(block: &[u8]) -> [u8; 210] {
+    let (thirds, rest) = block.split_at(32);
+    let (lower, rest) = rest.split_at(64);
+    let (scales, d) = rest.split_at(12);
+    let mut out = [0; 210];
+    for run in 0..8 {
+        let (half, part) = (run / 4, run % 4);
+        for i in 0..32 {
+            let third = thirds[i] >> run & 1;
+            // Less 4 without a third bit, and more 32 as Q6_K has it.
+            let q = (lower[half * 32 + i] >> (2 * part) & 3) + 28 + 4 * third;
+            out[half * 64 + part % 2 * 32 + i] |= (q & 15) << (part / 2 * 4);
+            out[128 + half * 32 + i] |= q >> 4 << (2 * part);
+        }
+    }
+    for i in 0..16 {
+        let four = if i < 8 { scales[i] & 15 } else { scales[i - 8] >> 4 };
+        let six = four | (scales[8 + i % 4] >> (i / 4 * 2) & 3) << 4;
+        out[192 + i] = six.wrapping_sub(32);
+    }
+    out[208..].copy_from_slice(d);
+    out
 }
 
 #[cfg(test)]
@@ -139,8 +164,10 @@ mod tests {
     use candle_core::Tensor;
 
     use super::*;
-    use crate::packed::{Kept, Packed, WeightType};
+    use crate::matmul;
+    use crate::packed::{Kept, Packed, Part, WeightType};
     use crate::pool::Pool;
+    use crate::simd::Isa;
     use crate::testing::{bytes, values};
 
     /// A matrix's blocks, made by candle, and what they stand for.
@@ -165,8 +192,8 @@ mod tests {
             let kind = WeightType::Blocks(blocks);
             assert_eq!(file.len(), n * kind.row(k), "{blocks:?}");
             assert_eq!(widen(blocks, &file).unwrap(), wide, "{blocks:?}");
-            let packed = Packed::new(&[(kind, &file)], k).unwrap();
-            assert_eq!(packed.held(), kind.kept().bytes(n as u64, k as u64), "{blocks:?}");
+            let packed = Packed::new(&mut Pool::new(2), &[Part::own(kind, &file)], k).unwrap();
+            assert_eq!(packed.held(), Kept::bytes(&[(kind.kept(), n as u64)], k as u64), "{blocks:?}");
             let want: Vec<f32> = match kind.kept() {
                 Kept::Quantized(_) => wide,
                 _ => wide.iter().map(|value| half::f16::from_f32(*value).to_f32()).collect(),
@@ -176,35 +203,49 @@ mod tests {
     }
 
     #[test]
-    fn blocks_of_two_kinds_and_blocks_beside_plain_weights_lose_nothing_that_halves_do_not() {
-        let k = 256;
-        let ((four, wide_four), (six, wide_six)) = (made(Blocks::Q4K, 30, k), made(Blocks::Q6K, 40, k));
-        let (four, six) = ((WeightType::Blocks(Blocks::Q4K), &four[..]), (WeightType::Blocks(Blocks::Q6K), &six[..]));
-        let both: Vec<f32> = [wide_four.clone(), wide_six].concat();
-        let halves: Vec<f32> = both.iter().map(|value| half::f16::from_f32(*value).to_f32()).collect();
-        assert_eq!(rows(&Packed::new(&[four, six], k).unwrap()), halves);
-        let plain = bytes(WeightType::F32, &wide_four);
-        let mixed = Packed::new(&[four, (WeightType::F32, &plain)], k).unwrap();
-        assert_eq!(rows(&mixed), [wide_four.clone(), wide_four].concat());
-        // Q4_0 and Q8_0 are one form.
-        let ((low, wide_low), (eight, wide_eight)) = (made(Blocks::Q4_0, 3, k), made(Blocks::Q8_0, 5, k));
-        let parts = [(WeightType::Blocks(Blocks::Q4_0), &low[..]), (WeightType::Blocks(Blocks::Q8_0), &eight[..])];
-        assert_eq!(Kept::of(parts.iter().map(|(kind, _)| *kind)), Kept::Quantized(Quantization::Q8_0));
-        assert_eq!(rows(&Packed::new(&parts, k).unwrap()), [wide_low, wide_eight].concat());
+    fn matrices_of_several_kinds_stand_one_below_the_other_each_as_it_is() {
+        let (k, x) = (256, values(1, 256 * 3));
+        let kinds = [Blocks::Q4K, Blocks::Q6K, Blocks::Q6K, Blocks::Q4_0, Blocks::Q8_0];
+        let made: Vec<_> = kinds.iter().zip([30, 40, 9, 3, 17]).map(|(kind, n)| made(*kind, n, k)).collect();
+        let plain = bytes(WeightType::F32, &made[0].1);
+        let mut parts: Vec<_> =
+            kinds.iter().zip(&made).map(|(kind, (file, _))| Part::own(WeightType::Blocks(*kind), file)).collect();
+        parts.push(Part::own(WeightType::F32, &plain));
+        // Fewer bits than it has hold what a Q4_0 is.
+        parts.push(Part { kept: Kept::Quantized(Quantization::Q8_0), ..parts[3] });
+        let packed = Packed::new(&mut Pool::new(2), &parts, k).unwrap();
+        let wide: Vec<&Vec<f32>> = made.iter().map(|(_, wide)| wide).collect();
+        assert_eq!(rows(&packed), [wide[0], wide[1], wide[2], wide[3], wide[4], wide[0], wide[3]].map(|w| &w[..]).concat());
+        let sizes: Vec<_> = parts.iter().map(|part| (part.kept, (part.bytes.len() / part.kind.row(k)) as u64)).collect();
+        assert_eq!(packed.held(), Kept::bytes(&sizes, k as u64));
+        let n = packed.n();
+        let mut all = vec![0.0; 3 * n];
+        matmul(&mut Pool::new(2), Isa::detect(), &x, &packed, &mut all);
+        let mut first = 0;
+        for part in &parts {
+            let alone = Packed::new(&mut Pool::new(1), &[*part], k).unwrap();
+            let mut out = vec![0.0; 3 * alone.n()];
+            matmul(&mut Pool::new(1), Isa::detect(), &x, &alone, &mut out);
+            for (row, out) in out.chunks(alone.n()).enumerate() {
+                assert_eq!(all[row * n + first..][..alone.n()], *out, "{part:?}");
+            }
+            first += alone.n();
+        }
     }
 
     #[test]
     fn blocks_may_be_quantized_to_fewer_bits_and_must_be_numbers() {
         let (mut file, wide) = made(Blocks::Q8_0, 4, 256);
+        const FOUR: Kept = Kept::Quantized(Quantization::Q4K);
         let kind = WeightType::Blocks(Blocks::Q8_0);
-        let fewer = Packed::quantized(&mut Pool::new(1), Quantization::Q4K, &[(kind, &file)], 256).unwrap();
+        let fewer = Packed::new(&mut Pool::new(1), &[Part { kept: FOUR, kind, bytes: &file }], 256).unwrap();
         let plain = bytes(WeightType::F32, &wide);
-        let want = Packed::quantized(&mut Pool::new(1), Quantization::Q4K, &[(WeightType::F32, &plain)], 256).unwrap();
+        let want = Packed::new(&mut Pool::new(1), &[Part { kept: FOUR, kind: WeightType::F32, bytes: &plain }], 256).unwrap();
         assert_eq!(rows(&fewer), rows(&want));
         file[..2].copy_from_slice(&half::f16::INFINITY.to_le_bytes());
-        assert_eq!(Packed::new(&[(kind, &file)], 256).err(), Some(NotFinite));
+        assert_eq!(Packed::new(&mut Pool::new(2), &[Part::own(kind, &file)], 256).err(), Some(NotFinite));
         let (mut six, _) = made(Blocks::Q6K, 1, 256);
         six[208..].copy_from_slice(&half::f16::NAN.to_le_bytes());
-        assert_eq!(Packed::new(&[(WeightType::Blocks(Blocks::Q6K), &six)], 256).err(), Some(NotFinite));
+        assert_eq!(Packed::new(&mut Pool::new(2), &[Part::own(WeightType::Blocks(Blocks::Q6K), &six)], 256).err(), Some(NotFinite));
     }
 }

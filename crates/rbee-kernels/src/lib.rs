@@ -7,12 +7,16 @@
 pub mod attention;
 pub mod candle;
 pub mod ggml;
+mod ints;
 pub mod kv_form;
 pub mod matmul;
+mod memory;
 pub mod ops;
 pub mod packed;
 pub mod pool;
+mod products;
 pub mod quantized;
+mod rounded;
 pub mod simd;
 
 #[cfg(test)]
@@ -20,7 +24,7 @@ mod testing;
 
 pub use ggml::Blocks;
 pub use matmul::matmul;
-pub use packed::{Kept, NotFinite, Packed, WeightType};
+pub use packed::{Kept, NotFinite, Packed, Part, WeightType};
 pub use pool::Pool;
 pub use quantized::Quantization;
 pub use simd::Isa;

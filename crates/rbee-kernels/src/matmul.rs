@@ -2,21 +2,37 @@
 //!
 //! Every output element is one chain of fused multiply-adds over k in ascending order, whatever the number of
 //! rows, threads or lanes. So a row's bits are the same alone and among others, and the same on AVX-512,
-//! AVX2+FMA and the scalar path: a fused multiply-add rounds once, everywhere. Lanes are output columns. Quantized weights
-//! are widened in registers: the product is that with the f32 weights they stand for, bit for bit.
+//! AVX2+FMA and the scalar path: a fused multiply-add rounds once, everywhere. Lanes are output columns. Beside weights of few
+//! bits a row is rounded first ([`crate::rounded`]), and the chain is one over runs of inputs ([`crate::products`]).
 
 #![expect(unsafe_code, reason = "SIMD kernels over raw pointers")]
 
-use crate::packed::{Data, PANEL, Packed, Plain, Stored, VECTORS};
+use std::cell::RefCell;
+use std::marker::PhantomData;
+use std::ops::Range;
+
+use half::{bf16, f16};
+
+use crate::packed::{Kept, PANEL, Packed, Segment, VECTORS};
 use crate::pool::{Pool, SharedOut};
-use crate::quantized::{Q4K, Q8, Quantization};
-use crate::simd::{Isa, Kernel, LANES, Lanes, dispatch};
+use crate::products::{self, Form};
+use crate::quantized::{Q4_0, Q4K, Q5K, Q6K, Q8_0, Quantization};
+use crate::rounded::Rounded;
+use crate::simd::{Element, Isa, Kernel, LANES, Lanes, dispatch};
 
 /// Multiply-adds below which a product is left to the calling thread: about 100 microseconds of one core.
 const SMALL: usize = 1 << 21;
 
 /// Multiply-adds of one task: enough to be worth handing out.
 const TASK: usize = 1 << 20;
+
+/// How much more of them there are to a microsecond with weights of few bits.
+const FASTER: usize = 2;
+
+thread_local! {
+    /// Kept between products.
+    static ROUNDED: RefCell<Rounded> = RefCell::default();
+}
 
 /// `out[m, n] = x[m, k] · wᵀ`, columns shared out over the pool's threads.
 ///
@@ -27,52 +43,99 @@ pub fn matmul(pool: &mut Pool, isa: Isa, x: &[f32], w: &Packed, out: &mut [f32])
     let m = x.len() / k;
     assert!(x.len() == m * k && out.len() == m * n, "matmul of {} by {n} x {k} into {}", x.len(), out.len());
     assert!(isa.is_here(), "this machine has no {isa:?}");
-    let panels = n.div_ceil(PANEL);
-    let per_task = (TASK / (k * PANEL * m.max(1))).clamp(1, panels).max(panels.div_ceil(pool.threads() * 8));
-    // Waking a thread costs more than a small product.
-    let per_task = if m * n * k < SMALL { panels } else { per_task };
     let out = SharedOut::new(out);
-    pool.run(panels.div_ceil(per_task), &|task| {
-        let panels = task * per_task..((task + 1) * per_task).min(panels);
-        // SAFETY: tasks have disjoint panels, hence disjoint columns of `out`, which outlives the call; the lengths and
-        // the instruction set were checked above, and a packed matrix has whole panels.
-        unsafe {
-            let part = Part { x, m, n, k, panels, out: out.start() };
-            match &w.data {
-                Data::F32(data) => dispatch(isa, Columns { part, w: Plain { data, k } }),
-                Data::F16(data) => dispatch(isa, Columns { part, w: Plain { data, k } }),
-                Data::Bf16(data) => dispatch(isa, Columns { part, w: Plain { data, k } }),
-                Data::Quantized(Quantization::Q8_0, data) => dispatch(isa, Columns { part, w: Q8 { data, k } }),
-                Data::Quantized(Quantization::Q4K, data) => dispatch(isa, Columns { part, w: Q4K { data, k } }),
-            }
+    let mut first = 0;
+    for w in &w.segments {
+        let to = To { m, k, stride: n, out: out.start().wrapping_add(first) };
+        first += w.n;
+        match w.kept {
+            Kept::F32 => plain::<f32>(pool, isa, x, w, to),
+            Kept::F16 => plain::<f16>(pool, isa, x, w, to),
+            Kept::Bf16 => plain::<bf16>(pool, isa, x, w, to),
+            Kept::Quantized(form) => match form {
+                Quantization::Q8_0 => rounded::<Q8_0>(pool, isa, x, (w, form), to),
+                Quantization::Q4_0 => rounded::<Q4_0>(pool, isa, x, (w, form), to),
+                Quantization::Q4K => rounded::<Q4K>(pool, isa, x, (w, form), to),
+                Quantization::Q5K => rounded::<Q5K>(pool, isa, x, (w, form), to),
+                Quantization::Q6K => rounded::<Q6K>(pool, isa, x, (w, form), to),
+            },
         }
+    }
+}
+
+/// Where a segment's product goes.
+#[derive(Clone, Copy)]
+pub(crate) struct To {
+    pub(crate) m: usize,
+    pub(crate) k: usize,
+    /// From one row's outputs to the next's.
+    pub(crate) stride: usize,
+    /// The segment's first output of the first row. Nobody else touches the segment's columns.
+    pub(crate) out: *mut f32,
+}
+
+// SAFETY: tasks write disjoint columns.
+unsafe impl Send for To {}
+// SAFETY: as above.
+unsafe impl Sync for To {}
+
+/// Some columns of a segment for all rows, in units of panels or tiles.
+pub(crate) struct Span {
+    pub(crate) to: To,
+    /// Outputs of the segment.
+    pub(crate) n: usize,
+    pub(crate) columns: Range<usize>,
+}
+
+/// Hands out the columns of a segment of `n` outputs in units of so many; `faster` multiply-adds count as one.
+fn each(pool: &mut Pool, n: usize, to: To, (unit, faster): (usize, usize), run: &(dyn Fn(Span) + Sync)) {
+    let To { m, k, .. } = to;
+    let units = n.div_ceil(unit);
+    let per_task = (TASK * faster / (k * unit * m.max(1))).clamp(1, units).max(units.div_ceil(pool.threads() * 8));
+    // Waking a thread costs more than a small product.
+    let per_task = if m * n * k < SMALL * faster { units } else { per_task };
+    pool.run(units.div_ceil(per_task), &|task| {
+        let columns = task * per_task..((task + 1) * per_task).min(units);
+        run(Span { to, n, columns });
     });
 }
 
-/// All rows of some panels. `x` is `[m, k]`, `out` points to `[m, n]`, of which nobody else touches these columns.
-struct Part<'a> {
+fn plain<T: Element>(pool: &mut Pool, isa: Isa, x: &[f32], w: &Segment, to: To) {
+    let data = w.data.values::<T>();
+    each(pool, w.n, to, (PANEL, 1), &|part| {
+        // SAFETY: tasks have disjoint panels, hence disjoint columns of the output, which outlives the call; the lengths and the
+        // instruction set were checked before, and a packed matrix has whole panels.
+        unsafe { dispatch(isa, Columns { part, x, w: data }) }
+    });
+}
+
+fn rounded<F: Form + Sync>(pool: &mut Pool, isa: Isa, x: &[f32], (w, form): (&Segment, Quantization), to: To) {
+    ROUNDED.with_borrow_mut(|rounded| {
+        rounded.fill(pool, isa, x, F::SHIFT);
+        let (rounded, tiles) = (&*rounded, w.tiles(form, to.k));
+        each(pool, w.n, to, (LANES, FASTER), &|part| {
+            // SAFETY: as above, of tiles.
+            unsafe { dispatch(isa, products::Columns::<F> { part, rounded, w: tiles, form: PhantomData }) }
+        });
+    });
+}
+
+/// All rows of some panels.
+struct Columns<'a, T> {
+    part: Span,
     x: &'a [f32],
-    m: usize,
-    n: usize,
-    k: usize,
-    panels: std::ops::Range<usize>,
-    out: *mut f32,
+    w: &'a [T],
 }
 
-struct Columns<'a, S> {
-    part: Part<'a>,
-    w: S,
-}
-
-impl<S: Stored> Kernel for Columns<'_, S> {
+impl<T: Element> Kernel for Columns<'_, T> {
     #[inline(always)]
     unsafe fn run<L: Lanes>(self) {
-        for panel in self.part.panels.clone() {
+        for panel in self.part.columns.clone() {
             let mut row = 0;
-            while row < self.part.m {
+            while row < self.part.to.m {
                 // SAFETY: the rows are within `x`, the panel within `w`.
                 row += unsafe {
-                    match self.part.m - row {
+                    match self.part.to.m - row {
                         6.. if L::WIDE => self.block::<L, 6, VECTORS>(row, panel),
                         4.. if L::WIDE => self.block::<L, 4, VECTORS>(row, panel),
                         3.. if L::WIDE => self.block::<L, 3, VECTORS>(row, panel),
@@ -87,48 +150,35 @@ impl<S: Stored> Kernel for Columns<'_, S> {
     }
 }
 
-impl<S: Stored> Columns<'_, S> {
+impl<T: Element> Columns<'_, T> {
     /// `R` rows of one panel, `V` vectors at a time. Returns `R`.
     ///
     /// # Safety
     /// `R` rows from `row` and the panel exist, and `V` divides the panel's vectors.
     #[inline(always)]
     unsafe fn block<L: Lanes, const R: usize, const V: usize>(&self, row: usize, panel: usize) -> usize {
-        let Part { x, n, k, out, .. } = &self.part;
-        let (n, k) = (*n, *k);
+        let Span { n, to: To { k, stride, out, .. }, .. } = self.part;
         // SAFETY: the caller's. What is stored lies within row and panel.
         unsafe {
-            let x = x.as_ptr().add(row * k);
+            let x = self.x.as_ptr().add(row * k);
+            let rows: [*const f32; R] = std::array::from_fn(|r| x.add(r * k));
             for first in (0..VECTORS).step_by(V) {
+                let at = self.w.as_ptr().add(panel * k * PANEL + first * LANES);
                 let mut sums = [[L::splat(0.0); V]; R];
-                for start in (0..k).step_by(self.w.run()) {
-                    let at = self.w.at(panel, start / self.w.run());
-                    let rows: [*const f32; R] = std::array::from_fn(|r| x.add(r * k + start));
-                    let scales: [S::Scale<L>; V] = std::array::from_fn(|v| S::scale::<L>(at, first + v));
-                    for i in 0..self.w.run() {
-                        let mut weights = [L::splat(0.0); V];
-                        for (v, weight) in weights.iter_mut().enumerate() {
-                            *weight = S::load(at, i, first + v, scales[v]);
-                        }
-                        for (r, sums) in sums.iter_mut().enumerate() {
-                            let value = L::splat(*rows[r].add(i));
-                            for (sum, weight) in sums.iter_mut().zip(weights) {
-                                *sum = value.fma(weight, *sum);
-                            }
+                for i in 0..k {
+                    let weights: [L; V] = std::array::from_fn(|v| L::load(at.add(i * PANEL + v * LANES)));
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        let value = L::splat(*rows[r].add(i));
+                        for (sum, weight) in sums.iter_mut().zip(weights) {
+                            *sum = value.fma(weight, *sum);
                         }
                     }
                 }
                 for (r, sums) in sums.iter().enumerate() {
                     for (v, sum) in sums.iter().enumerate() {
                         let column = panel * PANEL + (first + v) * LANES;
-                        let out = out.wrapping_add((row + r) * n + column);
-                        if column + LANES <= n {
-                            sum.store(out);
-                        } else if column < n {
-                            let mut last = [0f32; LANES];
-                            sum.store(last.as_mut_ptr());
-                            std::ptr::copy_nonoverlapping(last.as_ptr(), out, n - column);
-                        }
+                        let out = out.wrapping_add((row + r) * stride + column);
+                        store(*sum, out, n.saturating_sub(column));
                     }
                 }
             }
@@ -137,10 +187,28 @@ impl<S: Stored> Columns<'_, S> {
     }
 }
 
+/// Writes the lanes of which there are columns: all of them, if there are `room` or more.
+///
+/// # Safety
+/// There is such room; the instruction set of `L` is there.
+#[inline(always)]
+pub(crate) unsafe fn store<L: Lanes>(sum: L, out: *mut f32, room: usize) {
+    // SAFETY: the caller's.
+    unsafe {
+        if room >= LANES {
+            sum.store(out);
+        } else {
+            let mut last = [0f32; LANES];
+            sum.store(last.as_mut_ptr());
+            std::ptr::copy_nonoverlapping(last.as_ptr(), out, room);
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::packed::WeightType;
+    use crate::packed::{Part, WeightType};
     use crate::testing::{bytes, values};
 
     const KINDS: [WeightType; 3] = [WeightType::F32, WeightType::F16, WeightType::Bf16];
@@ -151,7 +219,7 @@ mod tests {
         {
             let x = values(m as u32, m * k);
             for kind in KINDS {
-                let packed = Packed::new(&[(kind, &bytes(kind, &values(n as u32, n * k)))], k).unwrap();
+                let packed = Packed::new(&mut Pool::new(2), &[Part::own(kind, &bytes(kind, &values(n as u32, n * k)))], k).unwrap();
                 let mut want = vec![0.0; m * n];
                 matmul(&mut Pool::new(1), Isa::Scalar, &x, &packed, &mut want);
                 for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
@@ -175,7 +243,7 @@ mod tests {
     fn sums_are_a_chain_of_fused_multiply_adds_and_agree_with_double_precision() {
         let (m, n, k) = (3, 70, 500);
         let (x, w) = (values(1, m * k), values(2, n * k));
-        let packed = Packed::new(&[(WeightType::F32, &bytes(WeightType::F32, &w))], k).unwrap();
+        let packed = Packed::new(&mut Pool::new(2), &[Part::own(WeightType::F32, &bytes(WeightType::F32, &w))], k).unwrap();
         let mut got = vec![0.0; m * n];
         matmul(&mut Pool::new(2), Isa::detect(), &x, &packed, &mut got);
         for row in 0..m {

@@ -86,14 +86,14 @@ pub fn soft_cap(x: &mut [f32], cap: f32) {
 }
 
 /// Runs a function's body on an instruction set.
-fn on(isa: Isa, body: impl Body) {
+pub(crate) fn on(isa: Isa, body: impl Body) {
     assert!(isa.is_here(), "this machine has no {isa:?}");
     // SAFETY: the instruction set is there, and a body is safe code.
     unsafe { dispatch(isa, Loops(body)) }
 }
 
 /// Safe loops to compile for an instruction set; `run` must be `#[inline(always)]`.
-trait Body {
+pub(crate) trait Body {
     fn run(self);
 }
 

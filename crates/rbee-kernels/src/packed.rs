@@ -1,19 +1,21 @@
 //! Weight matrices, packed once at load.
 //!
-//! A matrix stands in panels of [`PANEL`] columns (its outputs). Within a panel, for each input the weights of all columns
-//! stand side by side, so a lone row reads one sequential stream and still has four independent chains of sums.
-//! [`Stored`] says how a kernel reads a panel; [`crate::quantized`] has the forms of few bits.
+//! A matrix of f32, f16 or bf16 stands in panels of [`PANEL`] columns (its outputs). Within a panel, for each input the weights of
+//! all columns stand side by side, so a lone row reads one sequential stream and still has four independent chains of sums. One of
+//! few bits stands in tiles of sixteen columns: [`crate::quantized`].
 
-#![expect(unsafe_code, reason = "SIMD loads from raw pointers")]
+#![expect(unsafe_code, reason = "tasks write disjoint panels of one matrix")]
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use bytemuck::{AnyBitPattern, NoUninit};
 use half::{bf16, f16};
 
 use crate::ggml::{self, Blocks};
+use crate::memory::Memory;
 use crate::pool::{Pool, SharedOut};
-use crate::quantized::{self, Q4K, Q8, Quantization};
-use crate::simd::{Element, LANES, Lanes};
+use crate::quantized::{self, Quantization};
+use crate::simd::{Element, LANES};
 
 /// Columns of a panel.
 pub(crate) const PANEL: usize = 64;
@@ -69,95 +71,68 @@ pub enum Kept {
 }
 
 impl Kept {
-    /// What matrices of these types, one below the other, are kept in: what each is kept in alone, if that is one; else all
-    /// are f16 where all were blocks, whose values have fewer bits than that, and f32 where not.
-    pub fn of(mut kinds: impl Iterator<Item = WeightType> + Clone) -> Self {
-        let Some(first) = kinds.clone().next() else { return Self::F32 };
-        let blocks = kinds.clone().all(|kind| matches!(kind, WeightType::Blocks(_)));
-        match first.kept() {
-            kept if kinds.all(|kind| kind.kept() == kept) => kept,
-            _ if blocks => Self::F16,
-            _ => Self::F32,
-        }
-    }
-
-    /// Bytes of a packed matrix of `n` by `k`.
-    pub fn bytes(self, n: u64, k: u64) -> u64 {
-        let plain = |size: u64| n.next_multiple_of(PANEL as u64) * k * size;
-        match self {
-            Self::F32 => plain(4),
-            Self::F16 | Self::Bf16 => plain(2),
-            Self::Quantized(form) => {
-                n.div_ceil(PANEL as u64) * (k / form.block() as u64) * form.panel(form.block()) as u64
-            }
-        }
-    }
-}
-
-#[derive(Clone, Debug)]
-pub(crate) enum Data {
-    F32(Vec<f32>),
-    F16(Vec<f16>),
-    Bf16(Vec<bf16>),
-    Quantized(Quantization, Vec<u8>),
-}
-
-/// How the weights of a matrix stand in memory.
-pub(crate) trait Stored: Copy + Sync {
-    /// Where a run of inputs is.
-    type At: Copy;
-    /// What the inputs of a run share, for one vector of columns.
-    type Scale<L: Lanes>: Copy;
-    /// Inputs of a run; divides all there are.
-    fn run(self) -> usize;
-    /// # Safety
-    /// There is such a panel, with such a run. So for all of these.
-    unsafe fn at(self, panel: usize, run: usize) -> Self::At;
-    /// # Safety
-    /// As above, and there is such a vector; the instruction set of `L` is there.
-    unsafe fn scale<L: Lanes>(at: Self::At, vector: usize) -> Self::Scale<L>;
-    /// The weights of input `i` of the run, for one vector of columns.
-    ///
-    /// # Safety
-    /// As above, and `i` is less than the run.
-    unsafe fn load<L: Lanes>(at: Self::At, i: usize, vector: usize, scale: Self::Scale<L>) -> L;
-}
-
-/// Weights as they are, in one run of `k` inputs.
-#[derive(Clone, Copy)]
-pub(crate) struct Plain<'a, T> {
-    pub(crate) data: &'a [T],
-    pub(crate) k: usize,
-}
-
-impl<T: Element> Stored for Plain<'_, T> {
-    type At = *const T;
-    type Scale<L: Lanes> = ();
-
-    #[inline(always)]
-    fn run(self) -> usize {
-        self.k
-    }
-    #[inline(always)]
-    unsafe fn at(self, panel: usize, _: usize) -> *const T {
-        // SAFETY: the caller's: each panel has `k` groups of 64 weights.
-        unsafe { self.data.as_ptr().add(panel * self.k * PANEL) }
-    }
-    #[inline(always)]
-    unsafe fn scale<L: Lanes>(_: *const T, _: usize) {}
-    #[inline(always)]
-    unsafe fn load<L: Lanes>(at: *const T, i: usize, vector: usize, (): ()) -> L {
-        // SAFETY: the caller's.
-        unsafe { L::load(at.add(i * PANEL + vector * LANES)) }
+    /// Bytes of packed matrices of `k` inputs, one below the other: what each is kept in, and its outputs.
+    pub fn bytes(parts: &[(Self, u64)], k: u64) -> u64 {
+        let of = |(kept, n): (Self, u64)| match kept {
+            Self::F32 => n.next_multiple_of(PANEL as u64) * k * 4,
+            Self::F16 | Self::Bf16 => n.next_multiple_of(PANEL as u64) * k * 2,
+            Self::Quantized(form) => n.div_ceil(LANES as u64) * form.tile(k as usize) as u64,
+        };
+        let segments = parts.chunk_by(|(a, _), (b, _)| a == b);
+        segments.map(|parts| of((parts[0].0, parts.iter().map(|(_, n)| n).sum()))).sum()
     }
 }
 
 /// A packed weight matrix of `n` outputs by `k` inputs.
-#[derive(Clone, Debug)]
+#[derive(Debug)]
 pub struct Packed {
     pub(crate) n: usize,
     pub(crate) k: usize,
-    pub(crate) data: Data,
+    /// One below the other.
+    pub(crate) segments: Vec<Segment>,
+}
+
+/// Outputs that are kept in one thing.
+#[derive(Debug)]
+pub(crate) struct Segment {
+    pub(crate) n: usize,
+    pub(crate) kept: Kept,
+    pub(crate) data: Memory,
+}
+
+/// A row-major matrix of little-endian bytes, and what it is to be kept in.
+#[derive(Clone, Copy, Debug)]
+pub struct Part<'a> {
+    /// What it becomes.
+    pub kept: Kept,
+    /// What its bytes are.
+    pub kind: WeightType,
+    /// Whole rows.
+    pub bytes: &'a [u8],
+}
+
+impl<'a> Part<'a> {
+    /// One that loses nothing: see [`WeightType::kept`].
+    pub fn own(kind: WeightType, bytes: &'a [u8]) -> Self {
+        Self { kept: kind.kept(), kind, bytes }
+    }
+}
+
+/// The tiles of a matrix of few bits.
+#[derive(Clone, Copy)]
+pub(crate) struct Tiles<'a> {
+    data: &'a [u8],
+    bytes: usize,
+}
+
+impl Tiles<'_> {
+    /// # Safety
+    /// There is such a tile.
+    #[inline(always)]
+    pub(crate) unsafe fn start(self, tile: usize) -> *const u8 {
+        // SAFETY: the caller's.
+        unsafe { self.data.as_ptr().add(tile * self.bytes) }
+    }
 }
 
 /// Weights that are not numbers.
@@ -181,114 +156,73 @@ pub fn widen(kind: WeightType, bytes: &[u8]) -> Result<Vec<f32>, NotFinite> {
     if values.iter().all(|value| value.is_finite()) { Ok(values) } else { Err(NotFinite) }
 }
 
-/// Packs matrices of `k` inputs, one below the other; `value` reads one weight, `finite` says whether it is a number.
-fn pack<T: Element, const SIZE: usize>(
-    parts: &[(WeightType, &[u8])],
-    n: usize,
-    k: usize,
+/// A row of a file: its type and its bytes.
+type Row<'a> = (WeightType, &'a [u8]);
+
+/// Packs the rows of one panel that are stored as they are kept; `value` reads one weight, `finite` says whether it is a number.
+fn copy<T: Element, const SIZE: usize>(
+    rows: &[Row<'_>],
+    panel: &mut [T],
     value: impl Fn([u8; SIZE]) -> T,
     finite: impl Fn(T) -> bool,
-) -> Result<Vec<T>, NotFinite> {
-    let mut data = vec![T::default(); n.div_ceil(PANEL) * k * PANEL];
-    let rows = parts.iter().flat_map(|(_, bytes)| bytes.chunks_exact(k * SIZE));
+) -> Result<(), NotFinite> {
     let mut sound = true;
-    for (row, bytes) in rows.enumerate() {
-        let base = (row / PANEL) * k * PANEL + row % PANEL;
-        for (to, bytes) in data[base..].iter_mut().step_by(PANEL).zip(bytes.as_chunks().0) {
+    for (column, (_, bytes)) in rows.iter().enumerate() {
+        for (to, bytes) in panel[column..].iter_mut().step_by(PANEL).zip(bytes.as_chunks().0) {
             *to = value(*bytes);
             sound &= finite(*to);
         }
     }
-    if sound { Ok(data) } else { Err(NotFinite) }
+    if sound { Ok(()) } else { Err(NotFinite) }
 }
 
-/// Packs matrices of `k` inputs of any types, row by row by way of f32.
-fn pack_wide<T: Element>(
-    parts: &[(WeightType, &[u8])],
-    n: usize,
-    k: usize,
-    narrow: impl Fn(f32) -> T,
-) -> Result<Vec<T>, NotFinite> {
-    let mut data = vec![T::default(); n.div_ceil(PANEL) * k * PANEL];
-    let rows = parts.iter().flat_map(|(kind, bytes)| bytes.chunks_exact(kind.row(k)).map(|row| (*kind, row)));
-    for (row, (kind, bytes)) in rows.enumerate() {
-        let base = (row / PANEL) * k * PANEL + row % PANEL;
-        for (to, value) in data[base..].iter_mut().step_by(PANEL).zip(widen(kind, bytes)?) {
-            *to = narrow(value);
+/// Packs the rows of one panel, of any types, by way of f32.
+fn convert<T: Element>(rows: &[Row<'_>], panel: &mut [T]) -> Result<(), NotFinite> {
+    for (column, (kind, bytes)) in rows.iter().enumerate() {
+        for (to, value) in panel[column..].iter_mut().step_by(PANEL).zip(widen(*kind, bytes)?) {
+            *to = T::narrow(value);
             if !to.widen().is_finite() {
                 return Err(NotFinite);
             }
         }
     }
-    Ok(data)
+    Ok(())
+}
+
+/// Packs rows of `k` inputs in panels or tiles of so many rows, each of `unit` values, shared out over the pool's threads.
+fn each<T: AnyBitPattern + NoUninit + Send>(
+    pool: &mut Pool,
+    rows: &[Row<'_>],
+    (columns, unit): (usize, usize),
+    pack: impl Fn(&[Row<'_>], &mut [T]) -> Result<(), NotFinite> + Sync,
+) -> Result<Memory, NotFinite> {
+    let units: Vec<_> = rows.chunks(columns).collect();
+    let mut data = Memory::zeroed(units.len() * unit * size_of::<T>());
+    let out = SharedOut::new(data.values_mut::<T>());
+    let unsound = AtomicBool::new(false);
+    pool.run(units.len(), &|i| {
+        // SAFETY: this unit belongs to this task alone.
+        let out = unsafe { out.part(i * unit..(i + 1) * unit) };
+        if pack(units[i], out).is_err() {
+            unsound.store(true, Ordering::Relaxed);
+        }
+    });
+    if unsound.into_inner() { Err(NotFinite) } else { Ok(data) }
 }
 
 impl Packed {
-    /// Packs row-major matrices `[*, k]` of little-endian bytes, one below the other, in what [`Kept::of`] says.
+    /// Packs matrices of `k` inputs, one below the other; the work is shared out over the pool's threads.
     ///
     /// # Errors
-    /// When a weight is infinite or not a number, in the type it is kept in.
+    /// When a weight is infinite or not a number, or too large for what it is kept in.
     ///
     /// # Panics
-    /// When a matrix does not have whole rows, or there are none.
-    pub fn new(parts: &[(WeightType, &[u8])], k: usize) -> Result<Self, NotFinite> {
-        let mut n = 0;
-        for (kind, bytes) in parts {
-            let row = kind.row(k);
-            assert!(row > 0 && bytes.len().is_multiple_of(row), "{} bytes are not rows of {k} {kind:?}", bytes.len());
-            n += bytes.len() / row;
-        }
-        assert!(n > 0, "a matrix without rows");
-        let one = parts[0].0;
-        let same = parts.iter().all(|(kind, _)| *kind == one);
-        let data = match (Kept::of(parts.iter().map(|(kind, _)| *kind)), one) {
-            (Kept::Quantized(form), _) => return Self::quantized(&mut Pool::new(1), form, parts, k),
-            (_, WeightType::F32) if same => Data::F32(pack(parts, n, k, f32::from_le_bytes, f32::is_finite)?),
-            (_, WeightType::F16) if same => Data::F16(pack(parts, n, k, f16::from_le_bytes, f16::is_finite)?),
-            (_, WeightType::Bf16) if same => Data::Bf16(pack(parts, n, k, bf16::from_le_bytes, bf16::is_finite)?),
-            (Kept::F16, _) => Data::F16(pack_wide(parts, n, k, f16::from_f32)?),
-            (Kept::F32 | Kept::Bf16, _) => Data::F32(pack_wide(parts, n, k, |value| value)?),
-        };
-        Ok(Self { n, k, data })
-    }
-
-    /// Packs matrices as [`Packed::new`] does, with fewer bits; panels are shared out over the pool's threads.
-    ///
-    /// # Errors
-    /// When a weight is infinite or not a number, or too large for the form.
-    ///
-    /// # Panics
-    /// As [`Packed::new`], and when rows are not whole blocks ([`Quantization::block`]).
-    pub fn quantized(
-        pool: &mut Pool,
-        quantization: Quantization,
-        parts: &[(WeightType, &[u8])],
-        k: usize,
-    ) -> Result<Self, NotFinite> {
-        assert!(k > 0 && k.is_multiple_of(quantization.block()), "rows of {k} are not blocks of {quantization:?}");
-        let rows: Vec<(WeightType, &[u8])> = parts
-            .iter()
-            .flat_map(|(kind, bytes)| {
-                let row = kind.row(k);
-                assert!(bytes.len().is_multiple_of(row), "{} bytes are not rows of {k} {kind:?}", bytes.len());
-                bytes.chunks_exact(row).map(|bytes| (*kind, bytes))
-            })
-            .collect();
-        let n = rows.len();
-        assert!(n > 0, "a matrix without rows");
-        let panels: Vec<_> = rows.chunks(PANEL).collect();
-        let bytes = quantization.panel(k);
-        let mut data = vec![0; panels.len() * bytes];
-        let out = SharedOut::new(&mut data);
-        let unsound = AtomicBool::new(false);
-        pool.run(panels.len(), &|i| {
-            // SAFETY: this panel belongs to this task alone.
-            let out = unsafe { out.part(i * bytes..(i + 1) * bytes) };
-            if quantized::pack(quantization, panels[i], out).is_err() {
-                unsound.store(true, Ordering::Relaxed);
-            }
-        });
-        if unsound.into_inner() { Err(NotFinite) } else { Ok(Self { n, k, data: Data::Quantized(quantization, data) }) }
+    /// When a matrix does not have whole rows of whole blocks ([`Quantization::block`]), or there are none.
+    pub fn new(pool: &mut Pool, parts: &[Part<'_>], k: usize) -> Result<Self, NotFinite> {
+        let segments = parts.chunk_by(|a, b| a.kept == b.kept).map(|parts| Segment::new(pool, parts, k));
+        let segments = segments.collect::<Result<Vec<_>, _>>()?;
+        assert!(!segments.is_empty(), "a matrix without rows");
+        Ok(Self { n: segments.iter().map(|segment| segment.n).sum(), k, segments })
     }
 
     /// Outputs.
@@ -303,13 +237,7 @@ impl Packed {
 
     /// Bytes that these weights have in memory.
     pub fn held(&self) -> u64 {
-        let bytes = match &self.data {
-            Data::F32(data) => size_of_val(&data[..]),
-            Data::F16(data) => size_of_val(&data[..]),
-            Data::Bf16(data) => size_of_val(&data[..]),
-            Data::Quantized(_, data) => data.len(),
-        };
-        bytes as u64
+        self.segments.iter().map(|segment| segment.data.len() as u64).sum()
     }
 
     /// Row `i` (the weights of output `i`) as f32.
@@ -318,31 +246,69 @@ impl Packed {
     /// When there is no such row, or `out` does not have `k` values.
     pub fn row(&self, i: usize, out: &mut [f32]) {
         assert!(i < self.n && out.len() == self.k, "row {i} of {} x {}", self.n, self.k);
+        let mut row = i;
+        for segment in &self.segments {
+            if row < segment.n {
+                return segment.row(row, out);
+            }
+            row -= segment.n;
+        }
+    }
+}
+
+impl Segment {
+    fn new(pool: &mut Pool, parts: &[Part<'_>], k: usize) -> Result<Self, NotFinite> {
+        let rows: Vec<Row<'_>> = parts
+            .iter()
+            .flat_map(|Part { kind, bytes, .. }| {
+                let row = kind.row(k);
+                assert!(row > 0 && bytes.len().is_multiple_of(row), "{} bytes are not rows of {k} {kind:?}", bytes.len());
+                bytes.chunks_exact(row).map(|bytes| (*kind, bytes))
+            })
+            .collect();
+        assert!(!rows.is_empty(), "a matrix without rows");
+        let all = |of: WeightType| rows.iter().all(|(kind, _)| *kind == of);
+        let (panel, kept) = ((PANEL, PANEL * k), parts[0].kept);
+        let data = match kept {
+            Kept::F32 if all(WeightType::F32) => {
+                each(pool, &rows, panel, |rows, out| copy(rows, out, f32::from_le_bytes, f32::is_finite))
+            }
+            Kept::F16 if all(WeightType::F16) => {
+                each(pool, &rows, panel, |rows, out| copy(rows, out, f16::from_le_bytes, f16::is_finite))
+            }
+            Kept::Bf16 if all(WeightType::Bf16) => {
+                each(pool, &rows, panel, |rows, out| copy(rows, out, bf16::from_le_bytes, bf16::is_finite))
+            }
+            Kept::F32 => each(pool, &rows, panel, convert::<f32>),
+            Kept::F16 => each(pool, &rows, panel, convert::<f16>),
+            Kept::Bf16 => each(pool, &rows, panel, convert::<bf16>),
+            Kept::Quantized(form) => {
+                assert!(k.is_multiple_of(form.block()), "rows of {k} are not blocks of {form:?}");
+                each(pool, &rows, (LANES, form.tile(k)), |rows, out| quantized::pack(form, rows, k, out))
+            }
+        };
+        Ok(Self { n: rows.len(), kept, data: data? })
+    }
+
+    pub(crate) fn tiles(&self, form: Quantization, k: usize) -> Tiles<'_> {
+        Tiles { data: self.data.values(), bytes: form.tile(k) }
+    }
+
+    fn row(&self, i: usize, out: &mut [f32]) {
         fn gather<T: Element>(data: &[T], out: &mut [f32]) {
             for (out, value) in out.iter_mut().zip(data.iter().step_by(PANEL)) {
                 *out = value.widen();
             }
         }
-        let base = (i / PANEL) * self.k * PANEL + i % PANEL;
-        match &self.data {
-            Data::F32(data) => gather(&data[base..], out),
-            Data::F16(data) => gather(&data[base..], out),
-            Data::Bf16(data) => gather(&data[base..], out),
-            Data::Quantized(Quantization::Q8_0, data) => self.read(Q8 { data, k: self.k }, i, out),
-            Data::Quantized(Quantization::Q4K, data) => self.read(Q4K { data, k: self.k }, i, out),
-        }
-    }
-
-    fn read<S: Stored>(&self, stored: S, row: usize, out: &mut [f32]) {
-        let (panel, vector, lane) = (row / PANEL, row % PANEL / LANES, row % LANES);
-        for (run, out) in out.chunks_exact_mut(stored.run()).enumerate() {
-            // SAFETY: `row` is one of the matrix's, so there are its panel and all runs of it.
-            unsafe {
-                let at = stored.at(panel, run);
-                let scale = S::scale::<[f32; LANES]>(at, vector);
-                for (i, out) in out.iter_mut().enumerate() {
-                    *out = S::load(at, i, vector, scale)[lane];
-                }
+        let k = out.len();
+        let base = (i / PANEL) * k * PANEL + i % PANEL;
+        match self.kept {
+            Kept::F32 => gather(&self.data.values::<f32>()[base..], out),
+            Kept::F16 => gather(&self.data.values::<f16>()[base..], out),
+            Kept::Bf16 => gather(&self.data.values::<bf16>()[base..], out),
+            Kept::Quantized(form) => {
+                let bytes = form.tile(k);
+                quantized::read(form, &self.data.values()[i / LANES * bytes..][..bytes], i % LANES, out);
             }
         }
     }
@@ -359,7 +325,9 @@ mod tests {
     fn rows_come_back_and_matrices_of_two_types_lose_nothing() {
         let (k, one, two) = (33, values(1, 33 * 60), values(2, 33 * 10));
         let narrow = bytes(WeightType::Bf16, &two);
-        let packed = Packed::new(&[(WeightType::F32, &bytes(WeightType::F32, &one)), (WeightType::Bf16, &narrow)], k);
+        let wide = bytes(WeightType::F32, &one);
+        let parts = [Part::own(WeightType::F32, &wide), Part::own(WeightType::Bf16, &narrow)];
+        let packed = Packed::new(&mut Pool::new(2), &parts, k);
         let (packed, two) = (packed.unwrap(), widen(WeightType::Bf16, &narrow).unwrap());
         let mut row = vec![0.0; k];
         for i in 0..70 {
@@ -374,7 +342,7 @@ mod tests {
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let mut values = values(3, 8 * 5);
                 values[17] = bad;
-                assert_eq!(Packed::new(&[(kind, &bytes(kind, &values))], 8).err(), Some(NotFinite));
+                assert_eq!(Packed::new(&mut Pool::new(2), &[Part::own(kind, &bytes(kind, &values))], 8).err(), Some(NotFinite));
                 assert_eq!(widen(kind, &bytes(kind, &values)).err(), Some(NotFinite));
             }
         }

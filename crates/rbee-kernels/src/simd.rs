@@ -5,8 +5,10 @@
 
 #![expect(unsafe_code, reason = "SIMD intrinsics")]
 
-use bytemuck::Zeroable;
+use bytemuck::Pod;
 use half::{bf16, f16};
+
+use crate::ints::Ints;
 
 /// Lanes of one vector.
 pub const LANES: usize = 16;
@@ -14,7 +16,7 @@ pub const LANES: usize = 16;
 /// Instruction sets a kernel may use; all give the same bits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Isa {
-    /// 16 lanes in one register.
+    /// 16 lanes in one register, with the products of bytes that came with VNNI.
     Avx512,
     /// 16 lanes in two registers.
     Avx2,
@@ -44,7 +46,12 @@ impl Isa {
     pub fn is_here(self) -> bool {
         match self {
             #[cfg(target_arch = "x86_64")]
-            Self::Avx512 => is_x86_feature_detected!("avx512f") && Self::Avx2.is_here(),
+            Self::Avx512 => {
+                is_x86_feature_detected!("avx512f")
+                    && is_x86_feature_detected!("avx512bw")
+                    && is_x86_feature_detected!("avx512vnni")
+                    && Self::Avx2.is_here()
+            }
             #[cfg(target_arch = "x86_64")]
             Self::Avx2 => {
                 is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
@@ -62,7 +69,7 @@ impl Isa {
 }
 
 /// A type of stored weights, keys or values.
-pub trait Element: Copy + Default + Zeroable + Send + Sync + 'static {
+pub trait Element: Pod + Default + Send + Sync {
     /// As f32, exactly.
     fn widen(self) -> f32;
     /// Rounded to the nearest, ties to even.
@@ -85,6 +92,8 @@ pub trait Element: Copy + Default + Zeroable + Send + Sync + 'static {
 pub trait Lanes: Copy {
     /// Rows of a block of sums times vectors of its columns that fit the registers: 6 x 4, or else 3 x 1.
     const WIDE: bool;
+    /// Sixteen sums of integers.
+    type Ints: Ints<Floats = Self>;
     /// One value in all lanes.
     ///
     /// # Safety
@@ -105,16 +114,8 @@ pub trait Lanes: Copy {
     /// # Safety
     /// `at` points to 16 values.
     unsafe fn load_u8(at: *const u8) -> Self;
-    /// The low halves of 16 bytes.
-    ///
-    /// # Safety
-    /// `at` points to 16 bytes.
-    unsafe fn load_low(at: *const u8) -> Self;
-    /// The high halves of 16 bytes.
-    ///
-    /// # Safety
-    /// `at` points to 16 bytes.
-    unsafe fn load_high(at: *const u8) -> Self;
+    /// Asks for the line of memory at `at`, which need not exist.
+    fn fetch(at: *const u8);
     /// Writes all lanes.
     ///
     /// # Safety
@@ -154,6 +155,9 @@ pub(crate) unsafe fn dispatch<K: Kernel>(isa: Isa, kernel: K) {
 
 impl Lanes for [f32; LANES] {
     const WIDE: bool = false;
+    type Ints = [i32; LANES];
+    #[inline(always)]
+    fn fetch(_: *const u8) {}
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         [value; LANES]
@@ -174,16 +178,6 @@ impl Lanes for [f32; LANES] {
         std::array::from_fn(|i| unsafe { f32::from(*at.add(i)) })
     }
     #[inline(always)]
-    unsafe fn load_low(at: *const u8) -> Self {
-        // SAFETY: the caller's.
-        std::array::from_fn(|i| unsafe { f32::from(*at.add(i) & 15) })
-    }
-    #[inline(always)]
-    unsafe fn load_high(at: *const u8) -> Self {
-        // SAFETY: the caller's.
-        std::array::from_fn(|i| unsafe { f32::from(*at.add(i) >> 4) })
-    }
-    #[inline(always)]
     unsafe fn store(self, at: *mut f32) {
         // SAFETY: the caller's.
         unsafe { at.cast::<Self>().write_unaligned(self) }
@@ -200,7 +194,7 @@ mod x86 {
 
     use super::{Element, Kernel, Lanes, bf16, f16};
 
-    #[target_feature(enable = "avx512f,avx2,fma,f16c")]
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni,avx2,fma,f16c")]
     pub(super) unsafe fn on_avx512<K: Kernel>(kernel: K) {
         // SAFETY: the caller's.
         unsafe { kernel.run::<__m512>() }
@@ -210,20 +204,6 @@ mod x86 {
     pub(super) unsafe fn on_avx2<K: Kernel>(kernel: K) {
         // SAFETY: the caller's.
         unsafe { kernel.run::<[__m256; 2]>() }
-    }
-
-    /// Low halves of bytes.
-    #[inline(always)]
-    unsafe fn low(bytes: __m128i) -> __m128i {
-        // SAFETY: SSE2 is part of x86-64.
-        unsafe { _mm_and_si128(bytes, _mm_set1_epi8(15)) }
-    }
-
-    /// High halves of bytes.
-    #[inline(always)]
-    unsafe fn high(bytes: __m128i) -> __m128i {
-        // SAFETY: SSE2 is part of x86-64; what is shifted in from the byte beside is masked off.
-        unsafe { low(_mm_srli_epi16::<4>(bytes)) }
     }
 
     /// Unsigned bytes as f32.
@@ -251,6 +231,12 @@ mod x86 {
 
     impl Lanes for __m512 {
         const WIDE: bool = true;
+        type Ints = __m512i;
+        #[inline(always)]
+        fn fetch(at: *const u8) {
+            // SAFETY: SSE is part of x86-64, and no address is wrong to ask for.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
             // SAFETY: AVX-512F is there.
@@ -272,16 +258,6 @@ mod x86 {
             unsafe { wide512(_mm_loadu_si128(at.cast())) }
         }
         #[inline(always)]
-        unsafe fn load_low(at: *const u8) -> Self {
-            // SAFETY: the caller's.
-            unsafe { wide512(low(_mm_loadu_si128(at.cast()))) }
-        }
-        #[inline(always)]
-        unsafe fn load_high(at: *const u8) -> Self {
-            // SAFETY: the caller's.
-            unsafe { wide512(high(_mm_loadu_si128(at.cast()))) }
-        }
-        #[inline(always)]
         unsafe fn store(self, at: *mut f32) {
             // SAFETY: the caller's.
             unsafe { _mm512_storeu_ps(at, self) }
@@ -295,6 +271,12 @@ mod x86 {
 
     impl Lanes for [__m256; 2] {
         const WIDE: bool = false;
+        type Ints = [__m256i; 2];
+        #[inline(always)]
+        fn fetch(at: *const u8) {
+            // SAFETY: SSE is part of x86-64, and no address is wrong to ask for.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
             // SAFETY: AVX2 is there.
@@ -318,16 +300,6 @@ mod x86 {
         unsafe fn load_u8(at: *const u8) -> Self {
             // SAFETY: the caller's.
             unsafe { wide256(_mm_loadu_si128(at.cast())) }
-        }
-        #[inline(always)]
-        unsafe fn load_low(at: *const u8) -> Self {
-            // SAFETY: the caller's.
-            unsafe { wide256(low(_mm_loadu_si128(at.cast()))) }
-        }
-        #[inline(always)]
-        unsafe fn load_high(at: *const u8) -> Self {
-            // SAFETY: the caller's.
-            unsafe { wide256(high(_mm_loadu_si128(at.cast()))) }
         }
         #[inline(always)]
         unsafe fn store(self, at: *mut f32) {

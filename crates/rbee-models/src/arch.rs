@@ -32,6 +32,7 @@ pub(crate) enum Role {
 
 impl Matrix {
     /// Outputs of all parts.
+    #[cfg(feature = "cuda")]
     pub(crate) fn outputs(&self) -> usize {
         self.parts.iter().map(|(_, outputs)| outputs).sum()
     }

@@ -22,7 +22,7 @@ use crate::loader::{self, Opened};
 use crate::weights::Quantize;
 
 /// Rises with every change of the arithmetic: it is part of the numerics id.
-const NUMERICS: u32 = 3;
+const NUMERICS: u32 = 4;
 
 /// Most compute threads.
 const MAX_THREADS: usize = 1024;
@@ -94,7 +94,7 @@ pub fn load(
         KvType::Q8_0 => Kv::Q8_0(Mutex::new(KvStore::new(&config, blocks)?)),
     };
     // All instruction sets give the same bits, so none is part of the id.
-    let numerics = format!("{NUMERICS} f32 {:?} {kv_type:?} {PARTIAL}", options.quantize);
+    let numerics = format!("{NUMERICS} {:?} {kv_type:?} {PARTIAL}", options.quantize);
     let about = About::new(&config, generation, needs, digest, &numerics);
     Ok(CandleRunner {
         limits: ModelLimits {

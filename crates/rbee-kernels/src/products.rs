@@ -1,0 +1,374 @@
+//! The product of rounded activations and weights of few bits.
+//!
+//! Within a run of 32 inputs the products are whole numbers and their sum is exact; the runs of a row are added up in ascending
+//! order by fused multiply-adds, one chain for each output, as [`crate::matmul`] says. [`crate::quantized`] has the forms' layouts.
+
+#![expect(unsafe_code, reason = "SIMD kernels over raw pointers")]
+
+use crate::ints::{GROUP, Ints, LINE};
+use crate::matmul::{Span, To, store};
+use crate::packed::Tiles;
+use crate::quantized::{HEAD, Q4_0, Q4K, Q5K, Q6K, Q8_0, SCALES};
+use crate::rounded::{RUN, Rounded, Run};
+use crate::simd::{Kernel, LANES, Lanes};
+use half::f16;
+
+/// Bytes ahead of those that a lone row's product reads which are fetched already.
+const AHEAD: usize = 8 << 10;
+
+/// Bytes of rounded rows that are kept near while all weights pass by.
+const NEAR: usize = 512 << 10;
+
+/// A form's arithmetic.
+pub(crate) trait Form {
+    /// What the stored weights are shifted by, for which [`Run::less`] makes up.
+    const SHIFT: i32;
+    /// Bytes that a run of a tile takes.
+    const BYTES: usize;
+    /// Adds the products of `R` rows and one tile in a run to `sums`. `T` tells the forms nothing: see [`Columns::block`].
+    ///
+    /// # Safety
+    /// `tile` points to a tile of `k` inputs that has such a run; `x` to the steps of the rows in this run and `runs` to what is
+    /// known of them; the instruction set of `L` is there.
+    unsafe fn run<L: Lanes, const R: usize, const T: usize>(
+        tiles: [*const u8; T],
+        k: usize,
+        run: usize,
+        x: [*const i8; R],
+        runs: [Run; R],
+        sums: &mut [[L; T]; R],
+    );
+}
+
+/// All rows of some tiles.
+pub(crate) struct Columns<'a, F> {
+    pub(crate) part: Span,
+    pub(crate) rounded: &'a Rounded,
+    pub(crate) w: Tiles<'a>,
+    pub(crate) form: std::marker::PhantomData<F>,
+}
+
+impl<F: Form> Kernel for Columns<'_, F> {
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        let To { m, k, .. } = self.part.to;
+        let tiles = self.part.columns.clone();
+        // SAFETY: tiles and rows exist.
+        unsafe {
+            if m == 1 {
+                // One stream of weights at a time.
+                tiles.for_each(|tile| self.block::<L, 1, 1>(0, tile));
+                return;
+            }
+            let most = if L::WIDE { 6 } else { 2 };
+            let near = (NEAR / k).max(most).next_multiple_of(most);
+            for first in (0..m).step_by(near) {
+                let rows = near.min(m - first);
+                let mut tile = tiles.start;
+                while tile < tiles.end {
+                    let pair = L::WIDE && tile + 1 < tiles.end;
+                    // Of about the same size, so that no block is left with one row.
+                    let blocks = rows.div_ceil(most);
+                    for block in 0..blocks {
+                        let row = first + block * rows / blocks;
+                        match ((block + 1) * rows / blocks - block * rows / blocks, pair) {
+                            (6, true) => self.block::<L, 6, 2>(row, tile),
+                            (5, true) => self.block::<L, 5, 2>(row, tile),
+                            (4, true) => self.block::<L, 4, 2>(row, tile),
+                            (3, true) => self.block::<L, 3, 2>(row, tile),
+                            (2, true) => self.block::<L, 2, 2>(row, tile),
+                            (1, true) => self.block::<L, 1, 2>(row, tile),
+                            (2, false) => self.block::<L, 2, 1>(row, tile),
+                            (some, false) => (row..row + some).for_each(|row| self.block::<L, 1, 1>(row, tile)),
+                            _ => unreachable!("blocks have at most {most} rows"),
+                        }
+                    }
+                    tile += if pair { 2 } else { 1 };
+                }
+            }
+        }
+    }
+}
+
+impl<F: Form> Columns<'_, F> {
+    /// `R` rows of `T` tiles.
+    ///
+    /// # Safety
+    /// There are such rows and tiles.
+    #[inline(always)]
+    unsafe fn block<L: Lanes, const R: usize, const T: usize>(&self, row: usize, tile: usize) {
+        let Span { n, to: To { k, stride, out, .. }, .. } = self.part;
+        let per_row = k / RUN;
+        // SAFETY: the caller's. What is stored lies within row and tile; what is fetched ahead need not exist.
+        unsafe {
+            let tiles: [*const u8; T] = std::array::from_fn(|t| self.w.start(tile + t));
+            let steps = self.rounded.steps.as_ptr().add(row * k);
+            let runs = self.rounded.runs.as_ptr().add(row * per_row);
+            let mut sums = [[L::splat(0.0); T]; R];
+            for run in 0..per_row {
+                if row == 0 {
+                    for tile in tiles {
+                        let ahead = tile.wrapping_add(run * F::BYTES + AHEAD);
+                        (0..F::BYTES.div_ceil(LINE)).for_each(|line| L::fetch(ahead.wrapping_add(line * LINE)));
+                    }
+                }
+                let x: [*const i8; R] = std::array::from_fn(|r| steps.add(r * k + run * RUN));
+                let of_rows: [Run; R] = std::array::from_fn(|r| *runs.add(r * per_row + run));
+                F::run::<L, R, T>(tiles, k, run, x, of_rows, &mut sums);
+            }
+            for (r, sums) in sums.iter().enumerate() {
+                for (t, sum) in sums.iter().enumerate() {
+                    let column = (tile + t) * LANES;
+                    store(*sum, out.wrapping_add((row + r) * stride + column), n - column);
+                }
+            }
+        }
+    }
+}
+
+/// Sixteen f16 as they are.
+///
+/// # Safety
+/// `at` points to them; the instruction set of `L` is there.
+#[inline(always)]
+unsafe fn halves<L: Lanes>(at: *const u8) -> L {
+    // SAFETY: the caller's.
+    unsafe { L::load(at.cast::<f16>()) }
+}
+
+/// Adds whole numbers times `scale` times each row's own scale.
+///
+/// # Safety
+/// The instruction set of `L` is there.
+#[inline(always)]
+unsafe fn add<L: Lanes>(sum: L, ints: L::Ints, scale: L, of_row: f32) -> L {
+    // SAFETY: the caller's. Plus zero: a product that is rounded once.
+    unsafe { ints.floats().fma(scale.fma(L::splat(of_row), L::splat(0.0)), sum) }
+}
+
+impl Form for Q8_0 {
+    const SHIFT: i32 = 128;
+    const BYTES: usize = Q8_0::RUN;
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes, const R: usize, const T: usize>(
+        tiles: [*const u8; T],
+        k: usize,
+        run: usize,
+        x: [*const i8; R],
+        runs: [Run; R],
+        sums: &mut [[L; T]; R],
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            let at = tiles.map(|tile| tile.add(Q8_0::weights(k, run)));
+            let begin = |r: usize| L::Ints::begin_wide(runs[r].less[0].wrapping_add(runs[r].less[1]));
+            let mut ints: [[L::Ints; T]; R] = std::array::from_fn(|r| [begin(r); T]);
+            for group in 0..RUN / GROUP {
+                let w = at.map(|at| L::Ints::line(at.add(group * LINE)));
+                for (r, ints) in ints.iter_mut().enumerate() {
+                    for (ints, w) in ints.iter_mut().zip(w) {
+                        *ints = ints.dot_wide(w, x[r].add(group * GROUP));
+                    }
+                }
+            }
+            for (t, tile) in tiles.iter().enumerate() {
+                let scale = halves::<L>(tile.add(run * SCALES));
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    sums[t] = add(sums[t], ints[r][t], scale, runs[r].scale);
+                }
+            }
+        }
+    }
+}
+
+impl Form for Q4_0 {
+    const SHIFT: i32 = 8;
+    const BYTES: usize = Q4_0::RUN;
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes, const R: usize, const T: usize>(
+        tiles: [*const u8; T],
+        k: usize,
+        run: usize,
+        x: [*const i8; R],
+        runs: [Run; R],
+        sums: &mut [[L; T]; R],
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            let at = tiles.map(|tile| tile.add(Q4_0::weights(k, run)));
+            let begin = |r: usize| L::Ints::splat(runs[r].less[0].wrapping_add(runs[r].less[1]));
+            let mut ints: [[L::Ints; T]; R] = std::array::from_fn(|r| [begin(r); T]);
+            four_bits::<L, R, T>(at, x, &mut ints);
+            for (t, tile) in tiles.iter().enumerate() {
+                let scale = halves::<L>(tile.add(run * SCALES));
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    sums[t] = add(sums[t], ints[r][t], scale, runs[r].scale);
+                }
+            }
+        }
+    }
+}
+
+/// Adds the products of a run's weights of four bits.
+///
+/// # Safety
+/// There are four lines at each of `at`; otherwise as [`Form::run`].
+#[inline(always)]
+unsafe fn four_bits<L: Lanes, const R: usize, const T: usize>(
+    at: [*const u8; T],
+    x: [*const i8; R],
+    ints: &mut [[L::Ints; T]; R],
+) {
+    for pair in 0..RUN / GROUP / 2 {
+        // SAFETY: the caller's.
+        unsafe {
+            let lines = at.map(|at| L::Ints::line(at.add(pair * LINE)));
+            let halves = [lines.map(|line| L::Ints::low(line)), lines.map(|line| L::Ints::high(line))];
+            for (half, w) in halves.into_iter().enumerate() {
+                for (r, ints) in ints.iter_mut().enumerate() {
+                    for (ints, w) in ints.iter_mut().zip(w) {
+                        *ints = ints.dot(w, x[r].add((2 * pair + half) * GROUP));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Scales and minima of a run: what whole numbers are multiplied with, and what the sum of the inputs is.
+///
+/// # Safety
+/// `block` points to a block of Q4_K or Q5_K; the instruction set of `L` is there.
+#[inline(always)]
+unsafe fn scale_and_min<L: Lanes>(block: *const u8, run: usize) -> (L, L) {
+    // SAFETY: the caller's: a block begins with 16 values of each kind, and then has 16 of each for every run.
+    unsafe {
+        let bits = block.add(HEAD + run * SCALES);
+        let product = |part: usize| {
+            L::load_u8(bits.add(part * LANES)).fma(halves(block.add(part * SCALES)), L::splat(0.0))
+        };
+        (product(0), product(1))
+    }
+}
+
+impl Form for Q4K {
+    const SHIFT: i32 = 0;
+    const BYTES: usize = Q4K::RUN;
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes, const R: usize, const T: usize>(
+        tiles: [*const u8; T],
+        _: usize,
+        run: usize,
+        x: [*const i8; R],
+        runs: [Run; R],
+        sums: &mut [[L; T]; R],
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            let blocks = tiles.map(|tile| tile.add(run / 8 * Q4K::BLOCK));
+            let mut ints = [[L::Ints::splat(0); T]; R];
+            four_bits::<L, R, T>(blocks.map(|block| block.add(Q4K::weights(run % 8))), x, &mut ints);
+            for (t, block) in blocks.iter().enumerate() {
+                let (scale, min) = scale_and_min::<L>(*block, run % 8);
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    sums[t] = min.fma(L::splat(runs[r].sum), add(sums[t], ints[r][t], scale, runs[r].scale));
+                }
+            }
+        }
+    }
+}
+
+impl Form for Q5K {
+    const SHIFT: i32 = 0;
+    const BYTES: usize = Q5K::RUN;
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes, const R: usize, const T: usize>(
+        tiles: [*const u8; T],
+        _: usize,
+        run: usize,
+        x: [*const i8; R],
+        runs: [Run; R],
+        sums: &mut [[L; T]; R],
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            let blocks = tiles.map(|tile| tile.add(run / 8 * Q5K::BLOCK));
+            let at = blocks.map(|block| block.add(Q5K::weights(run % 8)));
+            // One line has the fifth bits of the run: bit g of a byte is of group g.
+            let fifths = at.map(|at| L::Ints::line(at.add(RUN / GROUP / 2 * LINE)));
+            let mut ints = [[L::Ints::splat(0); T]; R];
+            for pair in 0..RUN / GROUP / 2 {
+                let lines = at.map(|at| L::Ints::line(at.add(pair * LINE)));
+                for half in 0..2 {
+                    let group = 2 * pair + half;
+                    let mut w = fifths;
+                    for (w, line) in w.iter_mut().zip(lines) {
+                        let four = if half == 0 { L::Ints::low(line) } else { L::Ints::high(line) };
+                        *w = L::Ints::fifth(four, *w, group);
+                    }
+                    for (r, ints) in ints.iter_mut().enumerate() {
+                        for (ints, w) in ints.iter_mut().zip(w) {
+                            *ints = ints.dot(w, x[r].add(group * GROUP));
+                        }
+                    }
+                }
+            }
+            for (t, block) in blocks.iter().enumerate() {
+                let (scale, min) = scale_and_min::<L>(*block, run % 8);
+                for (r, sums) in sums.iter_mut().enumerate() {
+                    sums[t] = min.fma(L::splat(runs[r].sum), add(sums[t], ints[r][t], scale, runs[r].scale));
+                }
+            }
+        }
+    }
+}
+
+impl Form for Q6K {
+    const SHIFT: i32 = 32;
+    const BYTES: usize = Q6K::RUN;
+
+    #[inline(always)]
+    unsafe fn run<L: Lanes, const R: usize, const T: usize>(
+        tiles: [*const u8; T],
+        _: usize,
+        run: usize,
+        x: [*const i8; R],
+        runs: [Run; R],
+        sums: &mut [[L; T]; R],
+    ) {
+        // SAFETY: the caller's.
+        unsafe {
+            let blocks = tiles.map(|tile| tile.add(run / 8 * Q6K::BLOCK));
+            let at = blocks.map(|block| block.add(Q6K::weights(run % 8)));
+            // Each half of the run has a scale, and a line with the upper two bits of its four groups.
+            for half in 0..2 {
+                let uppers = at.map(|at| L::Ints::line(at.add((RUN / GROUP / 2 + half) * LINE)));
+                let mut ints: [[L::Ints; T]; R] = std::array::from_fn(|r| [L::Ints::splat(runs[r].less[half]); T]);
+                for group in 0..RUN / GROUP / 2 {
+                    let mut w = uppers;
+                    for (w, at) in w.iter_mut().zip(at) {
+                        let line = L::Ints::line(at.add((2 * half + group / 2) * LINE));
+                        let four = if group % 2 == 0 { L::Ints::low(line) } else { L::Ints::high(line) };
+                        *w = L::Ints::sixth(four, *w, group);
+                    }
+                    for (r, ints) in ints.iter_mut().enumerate() {
+                        for (ints, w) in ints.iter_mut().zip(w) {
+                            *ints = ints.dot(w, x[r].add((4 * half + group) * GROUP));
+                        }
+                    }
+                }
+                for (t, block) in blocks.iter().enumerate() {
+                    let bits = block.add(HEAD + run % 8 * SCALES + half * LANES).cast::<i8>();
+                    let scale = L::load_i8(bits).fma(halves(*block), L::splat(0.0));
+                    for (r, sums) in sums.iter_mut().enumerate() {
+                        sums[t] = add(sums[t], ints[r][t], scale, runs[r].scale);
+                    }
+                }
+            }
+        }
+    }
+}
