@@ -74,7 +74,7 @@ const RESERVED: &[(&str, &[&str])] = &[
     ("axum", &["rbee-service", "queen-rbee", "rbee-hive", "llm-worker-rbee"]),
     ("reqwest", &["rbee-catalog", "rbee-client"]),
     ("rustls", &["rbee-catalog", "rbee-client"]),
-    ("candle", &["rbee-kernels", "rbee-models"]),
+    ("candle", &["rbee-kernels"]),
     ("cudarc", &["rbee-cuda"]),
     ("rustyline", &["rbee-keeper"]),
 ];

@@ -5,7 +5,7 @@
 //! [`attention::attend`]; [`simd`] says how one source serves every instruction set.
 
 pub mod attention;
-pub mod candle;
+pub mod compute;
 pub mod ggml;
 mod ints;
 pub mod kv_form;

@@ -269,19 +269,49 @@ impl<F: Fn(f32) -> f32> Body for GateMul<'_, F> {
     }
 }
 
-/// Rotates the pairs `(i, i + half)` of one head by the angles of its position (Su et al. 2021, in the half-split
-/// layout that transformers uses). `cos` and `sin` have `head.len() / 2` values.
-pub fn rope(head: &mut [f32], cos: &[f32], sin: &[f32]) {
-    let (low, high) = head.split_at_mut(cos.len());
-    for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(cos).zip(sin) {
-        (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+/// Rotates the pairs `(i, i + half)` of heads of `dim` values by the angles of their position (Su et al. 2021, in the half-split
+/// layout that transformers uses). `cos` and `sin` have `half` values; what a head has beyond twice as many stays.
+pub fn rope(isa: Isa, heads: &mut [f32], dim: usize, cos: &[f32], sin: &[f32]) {
+    on(isa, Rope { heads, dim, cos, sin });
+}
+
+struct Rope<'a> {
+    heads: &'a mut [f32],
+    dim: usize,
+    cos: &'a [f32],
+    sin: &'a [f32],
+}
+
+impl Body for Rope<'_> {
+    #[inline(always)]
+    fn run(self) {
+        let half = self.cos.len();
+        for head in self.heads.chunks_exact_mut(self.dim) {
+            let (low, high) = head[..2 * half].split_at_mut(half);
+            for (((a, b), cos), sin) in low.iter_mut().zip(high).zip(self.cos).zip(self.sin) {
+                (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+            }
+        }
     }
 }
 
-/// `y += x`.
-pub fn add(y: &mut [f32], x: &[f32]) {
-    for (y, x) in y.iter_mut().zip(x) {
-        *y += x;
+/// `y += x * scale`, each rounded.
+pub fn add(isa: Isa, y: &mut [f32], x: &[f32], scale: f32) {
+    on(isa, Add { y, x, scale });
+}
+
+struct Add<'a> {
+    y: &'a mut [f32],
+    x: &'a [f32],
+    scale: f32,
+}
+
+impl Body for Add<'_> {
+    #[inline(always)]
+    fn run(self) {
+        for (y, x) in self.y.iter_mut().zip(self.x) {
+            *y += x * self.scale;
+        }
     }
 }
 
@@ -401,7 +431,7 @@ mod tests {
         let mut head = values(5, 8);
         let before = head.clone();
         let angles = [0.0f32, 0.3, 1.5, 3.0];
-        rope(&mut head, &angles.map(f32::cos), &angles.map(f32::sin));
+        rope(Isa::detect(), &mut head, 8, &angles.map(f32::cos), &angles.map(f32::sin));
         for i in 0..4 {
             let (a, b) = (f64::from(before[i]), f64::from(before[i + 4]));
             let (sin, cos) = f64::from(angles[i]).sin_cos();

@@ -17,7 +17,7 @@ use rbee_engine::{
     Choice, Engine, EngineConfig, Goal, Output, OutputText, Piece, Pushed, Request, RequestId, Sampling, StepCounter,
     TokenId,
 };
-use rbee_models::{CandleRunner, ModelFiles, RunnerOptions, load};
+use rbee_models::{CpuRunner, ModelFiles, RunnerOptions, load};
 
 use random_model::{Shape, median, write_model};
 
@@ -38,7 +38,7 @@ const CONTEXTS: [usize; 4] = [128, 512, 2048, 8192];
 /// Tokens of one prompt in one step, as the worker has it.
 const PREFILL_CHUNK: usize = 256;
 
-fn step(runner: &mut CandleRunner, chunks: Vec<Chunk<'_>>) -> Duration {
+fn step(runner: &mut CpuRunner, chunks: Vec<Chunk<'_>>) -> Duration {
     let mut logits = Logits::default();
     let before = Instant::now();
     runner.step(&StepBatch { chunks }, &mut logits).unwrap();
@@ -46,7 +46,7 @@ fn step(runner: &mut CandleRunner, chunks: Vec<Chunk<'_>>) -> Duration {
 }
 
 /// Writes to every block, so that each has memory of its own.
-fn touch(runner: &mut CandleRunner) {
+fn touch(runner: &mut CpuRunner) {
     let all: Vec<[BlockId; 1]> = (0..(POSITIONS / BLOCK) as u32).map(|i| [BlockId(i)]).collect();
     for blocks in all.chunks(256) {
         let chunk = |blocks| Chunk { tokens: &[1], start: 0, blocks, regime: Regime::Usual, wanted: Wanted::Nothing };
@@ -55,7 +55,7 @@ fn touch(runner: &mut CandleRunner) {
 }
 
 /// Steps of one token for each of so many sequences, each at the end of its context.
-fn decode(runner: &mut CandleRunner, rounds: usize) {
+fn decode(runner: &mut CpuRunner, rounds: usize) {
     touch(runner);
     let settings: Vec<(usize, usize)> = CONTEXTS
         .iter()

@@ -1,20 +1,19 @@
-//! The one parametric decoder: attention and MLP with norms around them, on candle tensors of shape `[rows, width]`.
+//! The one parametric decoder: attention and MLP with norms around them, on plain rows.
 
 use std::cell::RefCell;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use candle_core::{CpuStorage, CustomOp1, Device, Layout, Result, Shape, Tensor};
 use rbee_engine::StepCounter;
 use rbee_engine::runner::{BlockId, Chunk, Regime};
 use rbee_kernels::attention::{Query, Scratch, attend};
-use rbee_kernels::candle::{Compute, Linear, RmsNorm, values};
+use rbee_kernels::compute::{Compute, Linear, RmsNorm};
 use rbee_kernels::kv_form::KvForm;
 use rbee_kernels::pool::SharedOut;
-use rbee_kernels::{Packed, ops};
-use rbee_weights::config::{LayerConfig, ModelConfig, Rope};
+use rbee_kernels::{Isa, Packed, ops};
+use rbee_weights::config::{ModelConfig, Rope};
 
 use crate::kv::KvStore;
-use crate::mlp::MlpLayer;
+use crate::mlp::{MlpLayer, MlpScratch};
 
 /// A decoder's weights.
 pub(crate) struct Decoder {
@@ -79,9 +78,10 @@ impl RopeTable {
         Self { cos, sin, half: frequencies.len() }
     }
 
-    fn rotate(&self, head: &mut [f32], position: usize) {
+    /// Turns heads of `dim` values each.
+    fn rotate(&self, isa: Isa, heads: &mut [f32], dim: usize, position: usize) {
         let at = position * self.half;
-        ops::rope(&mut head[..2 * self.half], &self.cos[at..at + self.half], &self.sin[at..at + self.half]);
+        ops::rope(isa, heads, dim, &self.cos[at..at + self.half], &self.sin[at..at + self.half]);
     }
 }
 
@@ -116,28 +116,60 @@ pub(crate) struct Pass<'a, F: KvForm> {
     pub(crate) steps: &'a StepCounter,
 }
 
+/// What stands between the parts of a decoder; kept between steps, so that a step takes no memory anew.
+#[derive(Default)]
+pub(crate) struct StepScratch {
+    /// The hidden state of every row.
+    pub(crate) x: Vec<f32>,
+    normed: Vec<f32>,
+    qkv: Vec<f32>,
+    attended: Vec<f32>,
+    /// What is added to the hidden state, before and after its norm.
+    mixed: Vec<f32>,
+    mlp: MlpScratch,
+    picked: Vec<f32>,
+}
+
 impl Decoder {
-    /// The hidden state after the last layer of every row: `[rows, hidden]`. K and V of every row are in the KV then.
-    pub(crate) fn forward<F: KvForm>(&self, pass: &Pass<'_, F>) -> Result<Tensor> {
-        let ModelConfig { hidden, scales, .. } = *pass.config;
-        let mut embedded = vec![0.0; pass.rows.len() * hidden];
-        for (row, out) in pass.rows.iter().zip(embedded.chunks_exact_mut(hidden)) {
-            self.embedding.row(row.token as usize, out);
-            if scales.embedding != 1.0 {
-                out.iter_mut().for_each(|value| *value *= scales.embedding);
+    /// Leaves the hidden state after the last layer of every row in `scratch.x`, `[rows, hidden]`. K and V of every row are in the
+    /// KV then.
+    pub(crate) fn forward<F: KvForm>(&self, pass: &Pass<'_, F>, scratch: &mut StepScratch) {
+        let ModelConfig { hidden, scales, heads, kv_heads, head_dim, .. } = *pass.config;
+        let rows = pass.rows.len();
+        let StepScratch { x, normed, qkv, attended, mixed, mlp, .. } = scratch;
+        // What is in there from earlier steps is written before it is read.
+        x.resize(rows * hidden, 0.0);
+        normed.resize(rows * hidden, 0.0);
+        mixed.resize(rows * hidden, 0.0);
+        qkv.resize(rows * (heads + 2 * kv_heads) * head_dim, 0.0);
+        attended.resize(rows * heads * head_dim, 0.0);
+        pass.compute.stripes(x, hidden, &|first, x| {
+            for (row, x) in pass.rows[first..].iter().zip(x.chunks_exact_mut(hidden)) {
+                self.embedding.row(row.token as usize, x);
+                if scales.embedding != 1.0 {
+                    x.iter_mut().for_each(|value| *value *= scales.embedding);
+                }
             }
-        }
-        let mut x = Tensor::from_vec(embedded, (pass.rows.len(), hidden), &Device::Cpu)?;
-        for (i, layer) in self.layers.iter().enumerate() {
-            let qkv = layer.qkv.forward(&normed(&layer.before_attention, &x)?)?;
-            let attended = qkv.apply_op1_no_bwd(&Attention { index: i, layer, pass })?;
-            let attended = normed(&layer.after_attention, &layer.output.forward(&attended)?)?;
-            x = added(&x, &attended, scales.residual)?;
-            let mixed = layer.mlp.forward(&normed(&layer.before_mlp, &x)?)?;
-            x = added(&x, &normed(&layer.after_mlp, &mixed)?, scales.residual)?;
+        });
+        for (index, layer) in self.layers.iter().enumerate() {
+            layer.qkv.rows(normed_by(&layer.before_attention, x, normed), qkv);
+            let attention = Attention { index, layer, pass };
+            attention.store(qkv);
+            attention.attend(qkv, attended);
+            layer.output.rows(attended, mixed);
+            self.add(pass, x, normed_by(&layer.after_attention, mixed, normed));
+            layer.mlp.rows(normed_by(&layer.before_mlp, x, normed), mixed, mlp);
+            self.add(pass, x, normed_by(&layer.after_mlp, mixed, normed));
             pass.steps.advance();
         }
-        Ok(x)
+    }
+
+    /// Adds to the hidden state.
+    fn add<F: KvForm>(&self, pass: &Pass<'_, F>, x: &mut [f32], more: &[f32]) {
+        let ModelConfig { hidden, scales, .. } = pass.config;
+        pass.compute.stripes(x, *hidden, &|first, x| {
+            ops::add(pass.compute.isa(), x, &more[first * hidden..][..x.len()], scales.residual);
+        });
     }
 
     /// Bytes of all weights in memory.
@@ -147,47 +179,48 @@ impl Decoder {
         let layers = self.layers.iter().map(|layer| {
             let around = [&layer.before_attention, &layer.after_attention, &layer.before_mlp, &layer.after_mlp];
             let norms = around.into_iter().flatten().chain(layer.qk_norms.iter().flatten()).map(norm);
-            norms.sum::<u64>() + held(&layer.qkv) + held(&layer.output) + layer.mlp.held()
+            norms.sum::<u64>() + layer.qkv.held() + layer.output.held() + layer.mlp.held()
         });
-        let head = if tied { 0 } else { held(&self.head) };
+        let head = if tied { 0 } else { self.head.held() };
         layers.sum::<u64>() + self.embedding.held() + head + norm(&self.norm)
     }
 
-    /// Some rows of a hidden state after the last norm.
-    pub(crate) fn states(&self, hidden: &Tensor) -> Result<Vec<f32>> {
-        self.norm.forward(hidden)?.flatten_all()?.to_vec1::<f32>()
+    /// Some rows of the hidden state after the last norm, to `[rows, hidden]`.
+    pub(crate) fn states(&self, scratch: &mut StepScratch, rows: &[usize], out: &mut [f32]) {
+        let hidden = self.norm.weight.len();
+        let StepScratch { x, picked, .. } = scratch;
+        picked.clear();
+        rows.iter().for_each(|row| picked.extend_from_slice(&x[row * hidden..][..hidden]));
+        self.norm.rows(picked, out);
     }
 
-    /// Logits of some rows of a hidden state: `[rows, hidden]` to `rows * vocab` values.
-    pub(crate) fn logits(&self, config: &ModelConfig, hidden: &Tensor) -> Result<Vec<f32>> {
-        let mut logits = self.head.forward(&self.norm.forward(hidden)?)?.flatten_all()?.to_vec1::<f32>()?;
+    /// Logits of some rows of the hidden state, to `[rows, vocab]`.
+    pub(crate) fn logits(&self, config: &ModelConfig, scratch: &mut StepScratch, rows: &[usize], out: &mut [f32]) {
+        let mut states = std::mem::take(&mut scratch.normed);
+        states.resize(rows.len() * config.hidden, 0.0);
+        self.states(scratch, rows, &mut states);
+        self.head.rows(&states, out);
+        scratch.normed = states;
         if config.scales.logits != 1.0 {
-            logits.iter_mut().for_each(|logit| *logit *= config.scales.logits);
+            out.iter_mut().for_each(|logit| *logit *= config.scales.logits);
         }
         if let Some(cap) = config.logit_cap {
-            ops::soft_cap(&mut logits, cap);
+            ops::soft_cap(out, cap);
         }
-        Ok(logits)
     }
 }
 
-/// Bytes of a matrix and its bias.
-pub(crate) fn held(linear: &Linear) -> u64 {
-    linear.weights.held() + linear.bias.as_ref().map_or(0, |bias| size_of_val(&bias[..]) as u64)
-}
-
-fn normed(norm: &Option<RmsNorm>, x: &Tensor) -> Result<Tensor> {
-    norm.as_ref().map_or_else(|| Ok(x.clone()), |norm| norm.forward(x))
-}
-
-fn added(x: &Tensor, y: &Tensor, scale: f32) -> Result<Tensor> {
-    if scale == 1.0 { x + y } else { x + (y * f64::from(scale))? }
+/// `x` after its norm, if it has one.
+fn normed_by<'a>(norm: &Option<RmsNorm>, x: &'a [f32], out: &'a mut [f32]) -> &'a [f32] {
+    let Some(norm) = norm else { return x };
+    norm.rows(x, out);
+    out
 }
 
 /// Multiply-adds of attention below which the other threads are left asleep.
 const SMALL: usize = 1 << 21;
 
-/// Rope, the write into the KV, and causal attention over it: `[rows, (heads + 2 kv_heads) * dim]` to `[rows, heads * dim]`.
+/// One layer's attention of a step.
 struct Attention<'a, F: KvForm> {
     index: usize,
     layer: &'a Layer,
@@ -197,40 +230,49 @@ struct Attention<'a, F: KvForm> {
 thread_local! {
     /// Each compute thread's own.
     static SCRATCH: RefCell<Scratch> = RefCell::default();
+    static HEADS: RefCell<Vec<f32>> = RefCell::default();
 }
 
-impl<F: KvForm> CustomOp1 for Attention<'_, F> {
-    fn name(&self) -> &'static str {
-        "paged-attention"
-    }
-
-    #[expect(unsafe_code, reason = "threads write disjoint heads of one output")]
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+impl<F: KvForm> Attention<'_, F> {
+    /// Norms and rope of queries and keys, `[rows, (heads + 2 kv_heads) * dim]`, and the write of keys and values into the KV.
+    fn store(&self, qkv: &mut [f32]) {
         let Self { index, layer, pass: Pass { config, compute, ropes, kv, rows, .. } } = self;
         let (heads, kv_heads, dim) = (config.heads, config.kv_heads, config.head_dim);
-        let LayerConfig { window, rope, .. } = config.layers[*index];
-        let width = (heads + 2 * kv_heads) * dim;
-        let mut qkv = values(storage, layout)?.to_vec();
-        let mut before = vec![0.0; (heads + kv_heads) * dim];
-        let mut store = kv.lock().unwrap_or_else(PoisonError::into_inner);
-        for (row, qkv) in rows.iter().zip(qkv.chunks_exact_mut(width)) {
-            let (rotated, v) = qkv.split_at_mut((heads + kv_heads) * dim);
-            if let Some([q, k]) = &layer.qk_norms {
-                before.copy_from_slice(rotated);
-                q.rows(&before[..heads * dim], &mut rotated[..heads * dim]);
-                k.rows(&before[heads * dim..], &mut rotated[heads * dim..]);
-            }
-            if let Some(rope) = rope {
-                let table = ropes.table(rope, row.regime);
-                for head in rotated.chunks_exact_mut(dim) {
-                    table.rotate(head, row.position);
+        let rope = config.layers[*index].rope;
+        let (width, rotated) = ((heads + 2 * kv_heads) * dim, (heads + kv_heads) * dim);
+        compute.stripes(qkv, width, &|first, qkv| {
+            for (row, qkv) in rows[first..].iter().zip(qkv.chunks_exact_mut(width)) {
+                let rotated = &mut qkv[..rotated];
+                if let Some([q, k]) = &layer.qk_norms {
+                    HEADS.with_borrow_mut(|before| {
+                        before.clear();
+                        before.extend_from_slice(rotated);
+                        q.few(&before[..heads * dim], &mut rotated[..heads * dim]);
+                        k.few(&before[heads * dim..], &mut rotated[heads * dim..]);
+                    });
+                }
+                if let Some(rope) = rope {
+                    ropes.table(rope, row.regime).rotate(compute.isa(), rotated, dim, row.position);
                 }
             }
-            store.write(*index, row.blocks, row.position, &rotated[heads * dim..], v);
+        });
+        let mut store = kv.lock().unwrap_or_else(PoisonError::into_inner);
+        for (row, qkv) in rows.iter().zip(qkv.chunks_exact(width)) {
+            let (k, v) = qkv[heads * dim..].split_at(kv_heads * dim);
+            store.write(*index, row.blocks, row.position, k, v);
         }
+    }
+
+    /// Causal attention over the KV: from `[rows, (heads + 2 kv_heads) * dim]` to `[rows, heads * dim]`.
+    #[expect(unsafe_code, reason = "threads write disjoint heads of one output")]
+    fn attend(&self, qkv: &[f32], out: &mut [f32]) {
+        let Self { index, pass: Pass { config, compute, kv, rows, .. }, .. } = self;
+        let (heads, kv_heads, dim) = (config.heads, config.kv_heads, config.head_dim);
+        let window = config.layers[*index].window;
+        let width = (heads + 2 * kv_heads) * dim;
+        let store = kv.lock().unwrap_or_else(PoisonError::into_inner);
         let store = &*store;
-        let mut result = vec![0.0; rows.len() * heads * dim];
-        let out = SharedOut::new(&mut result);
+        let out = SharedOut::new(out);
         let scale = config.scales.attention;
         let first = |position: usize| window.map_or(0, |window| (position + 1).saturating_sub(window));
         // One task is one KV head of one row: its query heads share the keys.
@@ -254,6 +296,5 @@ impl<F: KvForm> CustomOp1 for Attention<'_, F> {
         } else {
             compute.run(tasks, &one)
         }
-        Ok((CpuStorage::F32(result), Shape::from((rows.len(), heads * dim))))
     }
 }

@@ -14,14 +14,13 @@ use std::cell::RefCell;
 
 use rbee_engine::StepCounter;
 use rbee_kernels::attention::{BLOCK, KvBlocks, Query, Scratch, attend};
-use rbee_kernels::candle::{Compute, Linear};
+use rbee_kernels::compute::{Compute, Linear};
 use rbee_kernels::kv_form::KvForm;
 use rbee_kernels::ops::{self, Bend, LayerNorm};
 use rbee_kernels::pool::SharedOut;
 use rbee_kernels::{Isa, Packed};
 use rbee_weights::config::sentence::{Embedding, Length, Pooling};
 
-use crate::decoder::held;
 
 /// An encoder's weights.
 pub(crate) struct Encoder {
@@ -53,9 +52,6 @@ pub(crate) struct Norm {
     pub(crate) eps: f32,
 }
 
-/// Rows that one task takes of an operation that treats each alone.
-const STRIPE: usize = 16;
-
 /// Values below which the other threads are left asleep.
 const SMALL: usize = 1 << 14;
 
@@ -82,7 +78,7 @@ impl Encoder {
             self.add_norm(&mut x, &y, &layer.after_attention);
             layer.up.rows(&x, &mut wide);
             let width = layer.up.weights.n();
-            self.stripes(&mut wide, width, &|_, rows| ops::bend(self.compute.isa(), self.bend, rows));
+            self.compute.stripes(&mut wide, width, &|_, rows| ops::bend(self.compute.isa(), self.bend, rows));
             layer.down.rows(&wide, &mut y);
             self.add_norm(&mut x, &y, &layer.after_mlp);
             steps.advance();
@@ -93,24 +89,9 @@ impl Encoder {
     /// `x = norm(x + y)`.
     fn add_norm(&self, x: &mut [f32], y: &[f32], norm: &Norm) {
         let Norm { weight, bias, eps } = norm;
-        self.stripes(x, weight.len(), &|first, x| {
+        self.compute.stripes(x, weight.len(), &|first, x| {
             let norm = LayerNorm { weight, bias, eps: *eps };
-            ops::add_layer_norm(self.compute.isa(), x, &y[first..first + x.len()], norm);
-        });
-    }
-
-    /// Calls `each` with stripes of whole rows and the place of their first value, on all threads.
-    #[expect(unsafe_code, reason = "threads write disjoint rows of one output")]
-    fn stripes(&self, rows: &mut [f32], width: usize, each: &(dyn Fn(usize, &mut [f32]) + Sync)) {
-        if rows.len() < SMALL {
-            return each(0, rows);
-        }
-        let (len, stripe) = (rows.len(), STRIPE * width);
-        let out = SharedOut::new(rows);
-        self.compute.run(len.div_ceil(stripe), &|task| {
-            let first = task * stripe;
-            // SAFETY: these rows belong to this task alone.
-            each(first, unsafe { out.part(first..len.min(first + stripe)) });
+            ops::add_layer_norm(self.compute.isa(), x, &y[first * weight.len()..][..x.len()], norm);
         });
     }
 
@@ -147,7 +128,7 @@ impl Encoder {
         let norm = |norm: &Norm| (size_of_val(&norm.weight[..]) + size_of_val(&norm.bias[..])) as u64;
         let layers = self.layers.iter().map(|layer| {
             let matrices = [&layer.qkv, &layer.output, &layer.up, &layer.down];
-            matrices.into_iter().map(held).sum::<u64>() + norm(&layer.after_attention) + norm(&layer.after_mlp)
+            matrices.into_iter().map(Linear::held).sum::<u64>() + norm(&layer.after_attention) + norm(&layer.after_mlp)
         });
         layers.sum::<u64>() + self.words.held() + size_of_val(&self.places[..]) as u64 + norm(&self.norm)
     }

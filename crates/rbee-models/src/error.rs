@@ -28,15 +28,6 @@ pub enum Error {
     /// The files are damaged, contradict each other, or ask for what this build does not do.
     #[error(transparent)]
     Files(#[from] rbee_weights::Error),
-    /// A tensor could not be made.
-    #[error("cannot make a tensor of {what}")]
-    Tensor {
-        /// Which.
-        what: String,
-        /// Why.
-        #[source]
-        source: candle_core::Error,
-    },
     /// The device does not have so much memory free.
     #[error("{need} bytes of GPU memory are needed and {free} are free")]
     OutOfMemory {

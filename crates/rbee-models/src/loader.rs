@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use rbee_kernels::WeightType;
 use rbee_kernels::attention::BLOCK;
-use rbee_kernels::candle::{Compute, GateMul, Linear, RmsNorm};
+use rbee_kernels::compute::{Compute, GateMul, Linear, RmsNorm};
 use rbee_kernels::ops::Gate;
 use rbee_weights::Error as FileError;
 use rbee_weights::config::encoder::EncoderFamily;
@@ -234,7 +234,7 @@ impl Opened {
     }
 
     fn norm(&self, plan: &NormPlan, compute: &Compute) -> Result<RmsNorm, Error> {
-        Ok(RmsNorm { weight: self.norm_weights(plan)?, eps: self.config.norms.eps, isa: compute.isa() })
+        Ok(RmsNorm { weight: self.norm_weights(plan)?, eps: self.config.norms.eps, compute: compute.clone() })
     }
 
     fn mlp(&self, plan: &MlpPlan, config: Mlp, compute: &Compute) -> Result<MlpLayer, Error> {
@@ -245,7 +245,7 @@ impl Opened {
         let gated = |plan: &GatedPlan| -> Result<Gated, Error> {
             Ok(Gated {
                 gate_up: self.linear(&plan.gate_up, compute)?,
-                act: GateMul { gate, isa: compute.isa() },
+                act: GateMul { gate, compute: compute.clone() },
                 down: self.linear(&plan.down, compute)?,
             })
         };

@@ -1,10 +1,7 @@
 //! The MLP of a layer: one gated MLP, or experts of which a router picks some for each row.
 
-use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor};
-use rbee_kernels::candle::{GateMul, Linear, values};
+use rbee_kernels::compute::{GateMul, Linear};
 use rbee_kernels::ops;
-
-use crate::decoder::held;
 
 /// A layer's MLP.
 pub(crate) enum MlpLayer {
@@ -30,12 +27,23 @@ pub(crate) struct Experts {
     pub(crate) normalised: bool,
 }
 
+/// Rows between the parts of an MLP; kept between steps.
+#[derive(Default)]
+pub(crate) struct MlpScratch {
+    gates: Vec<f32>,
+    gated: Vec<f32>,
+    /// Rows that go to one expert, and what it makes of them.
+    visitors: Vec<f32>,
+    mixed: Vec<f32>,
+    scores: Vec<f32>,
+}
+
 impl MlpLayer {
     /// `[rows, hidden]` to `[rows, hidden]`.
-    pub(crate) fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(crate) fn rows(&self, x: &[f32], out: &mut [f32], scratch: &mut MlpScratch) {
         match self {
-            Self::Gated(gated) => gated.down.forward(&gated.act.forward(&gated.gate_up.forward(x)?)?),
-            Self::Experts(experts) => x.apply_op1_no_bwd(experts),
+            Self::Gated(gated) => gated.rows(x, out, &mut scratch.gates, &mut scratch.gated),
+            Self::Experts(experts) => experts.rows(x, out, scratch),
         }
     }
 
@@ -43,25 +51,25 @@ impl MlpLayer {
     pub(crate) fn held(&self) -> u64 {
         match self {
             Self::Gated(gated) => gated.held(),
-            Self::Experts(experts) => held(&experts.router) + experts.experts.iter().map(Gated::held).sum::<u64>(),
+            Self::Experts(experts) => experts.router.held() + experts.experts.iter().map(Gated::held).sum::<u64>(),
         }
     }
 }
 
 impl Gated {
     fn held(&self) -> u64 {
-        held(&self.gate_up) + held(&self.down)
+        self.gate_up.held() + self.down.held()
     }
 
-    /// The same on plain rows.
-    fn rows(&self, x: &[f32], out: &mut [f32]) {
+    fn rows(&self, x: &[f32], out: &mut [f32], gates: &mut Vec<f32>, gated: &mut Vec<f32>) {
         let (hidden, width) = (self.gate_up.weights.k(), self.gate_up.weights.n());
         let rows = x.len() / hidden;
-        let mut gates = vec![0.0; rows * width];
-        self.gate_up.rows(x, &mut gates);
-        let mut gated = vec![0.0; rows * width / 2];
-        ops::gate_mul(self.act.isa, self.act.gate, &gates, width / 2, &mut gated);
-        self.down.rows(&gated, out);
+        // What is in there from earlier steps is written before it is read.
+        gates.resize(rows * width, 0.0);
+        self.gate_up.rows(x, gates);
+        gated.resize(rows * width / 2, 0.0);
+        self.act.rows(gates, width / 2, gated);
+        self.down.rows(gated, out);
     }
 }
 
@@ -78,39 +86,30 @@ impl Experts {
         let total = if self.normalised { order.iter().map(|expert| weights[*expert]).sum() } else { total };
         order.into_iter().map(|expert| (expert, weights[expert] / total)).collect()
     }
-}
 
-impl CustomOp1 for Experts {
-    fn name(&self) -> &'static str {
-        "experts"
-    }
-
-    fn cpu_fwd(&self, storage: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        let x = values(storage, layout)?;
-        let (rows, hidden) = layout.shape().dims2()?;
-        let mut scores = vec![0.0; rows * self.experts.len()];
-        self.router.rows(x, &mut scores);
+    fn rows(&self, x: &[f32], out: &mut [f32], scratch: &mut MlpScratch) {
+        let hidden = self.router.weights.k();
+        let MlpScratch { gates, gated, visitors, mixed, scores } = scratch;
+        scores.resize(x.len() / hidden * self.experts.len(), 0.0);
+        self.router.rows(x, scores);
         let mut visits: Vec<Vec<(usize, f32)>> = vec![Vec::new(); self.experts.len()];
         for (row, scores) in scores.chunks_exact(self.experts.len()).enumerate() {
             for (expert, weight) in self.pick(scores) {
                 visits[expert].push((row, weight));
             }
         }
-        let mut out = vec![0.0; rows * hidden];
+        out.fill(0.0);
         // Expert by expert, so that a row's sum is in their order whichever rows are beside it.
         for (expert, visits) in self.experts.iter().zip(&visits).filter(|(_, visits)| !visits.is_empty()) {
-            let mut gathered = Vec::with_capacity(visits.len() * hidden);
+            visitors.clear();
             for (row, _) in visits {
-                gathered.extend_from_slice(&x[row * hidden..][..hidden]);
+                visitors.extend_from_slice(&x[row * hidden..][..hidden]);
             }
-            let mut mixed = vec![0.0; gathered.len()];
-            expert.rows(&gathered, &mut mixed);
+            mixed.resize(visitors.len(), 0.0);
+            expert.rows(visitors, mixed, gates, gated);
             for ((row, weight), mixed) in visits.iter().zip(mixed.chunks_exact(hidden)) {
-                for (out, mixed) in out[row * hidden..][..hidden].iter_mut().zip(mixed) {
-                    *out += mixed * weight;
-                }
+                ops::add(self.router.compute.isa(), &mut out[row * hidden..][..hidden], mixed, *weight);
             }
         }
-        Ok((CpuStorage::F32(out), Shape::from((rows, hidden))))
     }
 }

@@ -2,19 +2,18 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use candle_core::Tensor;
 use half::{bf16, f16};
 use rbee_engine::runner::{
     Logits, ModelLimits, ModelRunner, Reading, Regime, RunnerError, StepBatch, StepCounter, Wanted,
 };
 use rbee_kernels::Isa;
 use rbee_kernels::attention::{BLOCK, PARTIAL};
-use rbee_kernels::candle::Compute;
+use rbee_kernels::compute::Compute;
 use rbee_kernels::kv_form::{KvForm, Q8Kv};
 use rbee_weights::config::ModelConfig;
 
 use crate::about::{About, check, regime};
-use crate::decoder::{Decoder, Pass, Ropes, rows};
+use crate::decoder::{Decoder, Pass, Ropes, StepScratch, rows};
 use crate::error::Error;
 use crate::files::ModelFiles;
 use crate::kv::{KvStore, KvType, bytes_per_token};
@@ -47,13 +46,14 @@ pub struct RunnerOptions {
 }
 
 /// A loaded model.
-pub struct CandleRunner {
+pub struct CpuRunner {
     limits: ModelLimits,
     config: ModelConfig,
     decoder: Decoder,
     ropes: Ropes,
     compute: Compute,
     kv: Kv,
+    scratch: StepScratch,
     steps: StepCounter,
     about: About,
 }
@@ -75,7 +75,7 @@ pub fn load(
     options: &RunnerOptions,
     steps: &StepCounter,
     progress: &dyn Fn(u64, u64),
-) -> Result<CandleRunner, Error> {
+) -> Result<CpuRunner, Error> {
     let isa = isa(options.isa.as_deref())?;
     let threads = threads(options)?;
     let opened: Opened = loader::open(files, options.quantize)?;
@@ -96,7 +96,7 @@ pub fn load(
     // All instruction sets give the same bits, so none is part of the id.
     let numerics = format!("{NUMERICS} {:?} {kv_type:?} {PARTIAL}", options.quantize);
     let about = About::new(&config, generation, needs, digest, &numerics);
-    Ok(CandleRunner {
+    Ok(CpuRunner {
         limits: ModelLimits {
             vocab: config.vocab,
             context,
@@ -109,6 +109,7 @@ pub fn load(
         decoder,
         compute,
         kv,
+        scratch: StepScratch::default(),
         steps: steps.clone(),
         about,
     })
@@ -134,7 +135,7 @@ pub(crate) fn isa(asked: Option<&str>) -> Result<Isa, Error> {
     }
 }
 
-impl CandleRunner {
+impl CpuRunner {
     /// What is known of the model.
     pub fn about(&self) -> &About {
         &self.about
@@ -154,7 +155,7 @@ impl CandleRunner {
         (self.decoder.held(), kv)
     }
 
-    fn forward<F: KvForm>(&self, kv: &Mutex<KvStore<F>>, batch: &StepBatch<'_>) -> candle_core::Result<Tensor> {
+    fn forward<F: KvForm>(&self, kv: &Mutex<KvStore<F>>, batch: &StepBatch<'_>, scratch: &mut StepScratch) {
         let rows = rows(&batch.chunks);
         let pass = Pass {
             config: &self.config,
@@ -164,11 +165,11 @@ impl CandleRunner {
             rows: &rows,
             steps: &self.steps,
         };
-        self.decoder.forward(&pass)
+        self.decoder.forward(&pass, scratch);
     }
 }
 
-impl ModelRunner for CandleRunner {
+impl ModelRunner for CpuRunner {
     fn limits(&self) -> &ModelLimits {
         &self.limits
     }
@@ -179,20 +180,18 @@ impl ModelRunner for CandleRunner {
 
     fn step(&mut self, batch: &StepBatch<'_>, logits: &mut Logits) -> Result<(), RunnerError> {
         check(&self.limits, batch)?;
-        let failed = |error: candle_core::Error| RunnerError::Forward(error.to_string());
-        let hidden = match &self.kv {
-            Kv::F32(kv) => self.forward(kv, batch),
-            Kv::F16(kv) => self.forward(kv, batch),
-            Kv::Bf16(kv) => self.forward(kv, batch),
-            Kv::Q8_0(kv) => self.forward(kv, batch),
+        let mut scratch = std::mem::take(&mut self.scratch);
+        match &self.kv {
+            Kv::F32(kv) => self.forward(kv, batch, &mut scratch),
+            Kv::F16(kv) => self.forward(kv, batch, &mut scratch),
+            Kv::Bf16(kv) => self.forward(kv, batch, &mut scratch),
+            Kv::Q8_0(kv) => self.forward(kv, batch, &mut scratch),
         }
-        .map_err(failed)?;
-        let mut row = 0u32;
-        let mut wanted = Vec::new();
-        let mut states = Vec::new();
+        let mut row = 0;
+        let (mut wanted, mut states) = (Vec::new(), Vec::new());
         for chunk in &batch.chunks {
             let first = row;
-            row += chunk.tokens.len() as u32;
+            row += chunk.tokens.len();
             match chunk.wanted {
                 // A decoder makes no embedding of its own; `check` refuses it.
                 Wanted::Nothing | Wanted::Embedding => {}
@@ -200,25 +199,15 @@ impl ModelRunner for CandleRunner {
                 Wanted::Hidden => states.extend(first..row),
             }
         }
-        let count = states.len();
-        let out = logits.hidden_mut(count, self.config.hidden);
-        if count > 0 {
-            let states = Tensor::from_vec(states, count, hidden.device())
-                .and_then(|rows| hidden.index_select(&rows, 0))
-                .and_then(|rows| self.decoder.states(&rows))
-                .map_err(failed)?;
-            out.copy_from_slice(&states);
+        let out = logits.hidden_mut(states.len(), self.config.hidden);
+        if !states.is_empty() {
+            self.decoder.states(&mut scratch, &states, out);
         }
         logits.resize(wanted.len(), self.limits.vocab);
-        if wanted.is_empty() {
-            return Ok(());
+        if !wanted.is_empty() {
+            self.decoder.logits(&self.config, &mut scratch, &wanted, logits.as_mut_slice());
         }
-        let count = wanted.len();
-        let picked = Tensor::from_vec(wanted, count, hidden.device())
-            .and_then(|rows| hidden.index_select(&rows, 0))
-            .and_then(|rows| self.decoder.logits(&self.config, &rows))
-            .map_err(failed)?;
-        logits.as_mut_slice().copy_from_slice(&picked);
+        self.scratch = scratch;
         Ok(())
     }
 }

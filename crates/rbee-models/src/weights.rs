@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use std::str::FromStr;
 use std::sync::Arc;
 
-use rbee_kernels::candle::{Compute, Linear};
+use rbee_kernels::compute::{Compute, Linear};
 use rbee_kernels::packed::widen;
 use rbee_kernels::{Kept, Packed, Part, Quantization, WeightType};
 use rbee_weights::Error as FileError;

@@ -65,7 +65,7 @@ pub(super) fn files_error(model: &ModelRef, error: &Error) -> ErrorBody {
                 .with_hint("docs/models.md lists what runs: folders in f32, f16 or bf16 and GGUF files of twelve model families, and encoders for embeddings"),
             _ => ErrorBody::new(ErrorCode::ModelCorrupt, message).with_hint(corrupt),
         },
-        Error::Refused { .. } | Error::Tensor { .. } => {
+        Error::Refused { .. } => {
             ErrorBody::new(ErrorCode::ModelCorrupt, message).with_hint(corrupt)
         }
         Error::Read { .. } => {

@@ -6,7 +6,7 @@
 //! `[hidden, hidden]`, `intermediate.dense` `[width, hidden]`, `output.dense` `[hidden, width]`, all with biases; and norms of
 //! `hidden` weights and biases behind the embeddings, attention and MLP. All texts have the first token type.
 
-use rbee_kernels::candle::Compute;
+use rbee_kernels::compute::Compute;
 use rbee_kernels::ops::Bend;
 use rbee_weights::config::encoder::{EncoderActivation, EncoderConfig};
 use rbee_weights::config::sentence::{self, Embedding, Modules};

@@ -4,7 +4,7 @@ use rbee_engine::runner::{
     Chunk, Logits, ModelLimits, ModelRunner, Reading, RunnerError, StepBatch, StepCounter, Wanted,
 };
 use rbee_kernels::attention::{BLOCK, PARTIAL};
-use rbee_kernels::candle::Compute;
+use rbee_kernels::compute::Compute;
 use rbee_weights::config::GenerationDefaults;
 use rbee_weights::config::sentence::Embedding;
 use rbee_weights::needs::Needs;

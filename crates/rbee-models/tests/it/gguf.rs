@@ -8,7 +8,7 @@ use std::path::Path;
 use half::f16;
 use rbee_kernels::packed::widen;
 use rbee_kernels::{Blocks, WeightType};
-use rbee_models::{CandleRunner, Error, FileError, KvType, ModelFiles, RunnerOptions, load};
+use rbee_models::{CpuRunner, Error, FileError, KvType, ModelFiles, RunnerOptions, load};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -23,12 +23,12 @@ fn options() -> RunnerOptions {
     RunnerOptions { threads: 2, slots: 1, context: Some(256), ..with_kv(KvType::F32) }
 }
 
-fn opened(path: &Path) -> Result<CandleRunner, Error> {
+fn opened(path: &Path) -> Result<CpuRunner, Error> {
     load(&ModelFiles::gguf(path)?, &options(), &Default::default(), &|_, _| ())
 }
 
 /// The logits after each step of llama.cpp's greedy text.
-fn steps(runner: &mut CandleRunner, cases: &[Case]) -> Vec<Vec<f32>> {
+fn steps(runner: &mut CpuRunner, cases: &[Case]) -> Vec<Vec<f32>> {
     let tokens = |case: &Case| case.top.iter().map(|top| top[0].0).collect::<Vec<_>>();
     cases.iter().flat_map(|case| followed(runner, &case.prompt, &tokens(case))).collect()
 }

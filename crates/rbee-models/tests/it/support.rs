@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use rbee_engine::StepCounter;
 use rbee_engine::runner::{BlockId, Chunk, Logits, ModelRunner, StepBatch, Wanted};
-use rbee_models::{CandleRunner, KvType, ModelFiles, RunnerOptions, load};
+use rbee_models::{CpuRunner, KvType, ModelFiles, RunnerOptions, load};
 
 /// The repository's own model.
 pub fn tinybee() -> PathBuf {
@@ -17,7 +17,7 @@ pub fn options() -> RunnerOptions {
     RunnerOptions { threads: 1, slots: 4, context: None, kv_bytes: None, kv_type: None, quantize: None, isa: None }
 }
 
-pub fn runner(folder: &Path, options: &RunnerOptions) -> CandleRunner {
+pub fn runner(folder: &Path, options: &RunnerOptions) -> CpuRunner {
     load(&ModelFiles::folder(folder).unwrap(), options, &StepCounter::default(), &|_, _| ()).unwrap()
 }
 
@@ -73,7 +73,7 @@ pub fn followed(runner: &mut impl ModelRunner, prompt: &[u32], following: &[u32]
 }
 
 /// Greedy continuation of a prompt, up to `n` tokens or an end token.
-pub fn greedy(runner: &mut CandleRunner, prompt: &[u32], n: usize) -> Vec<u32> {
+pub fn greedy(runner: &mut CpuRunner, prompt: &[u32], n: usize) -> Vec<u32> {
     let blocks = blocks(0, 1, prompt.len() + n);
     let regime = runner.regime(prompt.len());
     let mut out = Logits::default();
