@@ -23,7 +23,7 @@ const NEAR: usize = 512 << 10;
 pub(crate) trait Form {
     /// What the stored weights are shifted by, for which [`Run::less`] makes up.
     const SHIFT: i32;
-    /// Bytes that a run of a tile takes.
+    /// Bytes that a run of a tile takes, its share of the scales included.
     const BYTES: usize;
     /// Adds the products of `R` rows and one tile in a run to `sums`. `T` tells the forms nothing: see [`Columns::block`].
     ///
@@ -148,7 +148,7 @@ unsafe fn add<L: Lanes>(sum: L, ints: L::Ints, scale: L, of_row: f32) -> L {
 
 impl Form for Q8_0 {
     const SHIFT: i32 = 128;
-    const BYTES: usize = Q8_0::RUN;
+    const BYTES: usize = SCALES + Q8_0::RUN;
 
     #[inline(always)]
     unsafe fn run<L: Lanes, const R: usize, const T: usize>(
@@ -184,7 +184,7 @@ impl Form for Q8_0 {
 
 impl Form for Q4_0 {
     const SHIFT: i32 = 8;
-    const BYTES: usize = Q4_0::RUN;
+    const BYTES: usize = SCALES + Q4_0::RUN;
 
     #[inline(always)]
     unsafe fn run<L: Lanes, const R: usize, const T: usize>(
@@ -255,7 +255,7 @@ unsafe fn scale_and_min<L: Lanes>(block: *const u8, run: usize) -> (L, L) {
 
 impl Form for Q4K {
     const SHIFT: i32 = 0;
-    const BYTES: usize = Q4K::RUN;
+    const BYTES: usize = Q4K::BLOCK / 8;
 
     #[inline(always)]
     unsafe fn run<L: Lanes, const R: usize, const T: usize>(
@@ -283,7 +283,7 @@ impl Form for Q4K {
 
 impl Form for Q5K {
     const SHIFT: i32 = 0;
-    const BYTES: usize = Q5K::RUN;
+    const BYTES: usize = Q5K::BLOCK / 8;
 
     #[inline(always)]
     unsafe fn run<L: Lanes, const R: usize, const T: usize>(
@@ -329,7 +329,7 @@ impl Form for Q5K {
 
 impl Form for Q6K {
     const SHIFT: i32 = 32;
-    const BYTES: usize = Q6K::RUN;
+    const BYTES: usize = Q6K::BLOCK / 8;
 
     #[inline(always)]
     unsafe fn run<L: Lanes, const R: usize, const T: usize>(
