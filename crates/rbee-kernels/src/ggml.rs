@@ -125,7 +125,9 @@ pub(crate) fn same(blocks: Blocks, form: Quantization, bytes: &[u8]) -> Option<C
     match (blocks, form) {
         (Blocks::Q4_0, Quantization::Q8_0) => Some(Cow::Owned(widened(|_, _| 0, 2, 8))),
         // The fifth bits of all 32 come first.
-        (Blocks::Q5_0, Quantization::Q8_0) => Some(Cow::Owned(widened(|block, i| (block[2 + i / 8] >> (i % 8) & 1) << 4, 6, 16))),
+        (Blocks::Q5_0, Quantization::Q8_0) => {
+            Some(Cow::Owned(widened(|block, i| (block[2 + i / 8] >> (i % 8) & 1) << 4, 6, 16)))
+        }
         (Blocks::Q3K, Quantization::Q6K) => {
             Some(Cow::Owned(bytes.chunks_exact(blocks.bytes()).flat_map(six_bits_of_three).collect()))
         }
@@ -215,8 +217,12 @@ mod tests {
         parts.push(Part { kept: Kept::Quantized(Quantization::Q8_0), ..parts[3] });
         let packed = Packed::new(&mut Pool::new(2), &parts, k).unwrap();
         let wide: Vec<&Vec<f32>> = made.iter().map(|(_, wide)| wide).collect();
-        assert_eq!(rows(&packed), [wide[0], wide[1], wide[2], wide[3], wide[4], wide[0], wide[3]].map(|w| &w[..]).concat());
-        let sizes: Vec<_> = parts.iter().map(|part| (part.kept, (part.bytes.len() / part.kind.row(k)) as u64)).collect();
+        assert_eq!(
+            rows(&packed),
+            [wide[0], wide[1], wide[2], wide[3], wide[4], wide[0], wide[3]].map(|w| &w[..]).concat()
+        );
+        let sizes: Vec<_> =
+            parts.iter().map(|part| (part.kept, (part.bytes.len() / part.kind.row(k)) as u64)).collect();
         assert_eq!(packed.held(), Kept::bytes(&sizes, k as u64));
         let n = packed.n();
         let mut all = vec![0.0; 3 * n];
@@ -240,12 +246,16 @@ mod tests {
         let kind = WeightType::Blocks(Blocks::Q8_0);
         let fewer = Packed::new(&mut Pool::new(1), &[Part { kept: FOUR, kind, bytes: &file }], 256).unwrap();
         let plain = bytes(WeightType::F32, &wide);
-        let want = Packed::new(&mut Pool::new(1), &[Part { kept: FOUR, kind: WeightType::F32, bytes: &plain }], 256).unwrap();
+        let want =
+            Packed::new(&mut Pool::new(1), &[Part { kept: FOUR, kind: WeightType::F32, bytes: &plain }], 256).unwrap();
         assert_eq!(rows(&fewer), rows(&want));
         file[..2].copy_from_slice(&half::f16::INFINITY.to_le_bytes());
         assert_eq!(Packed::new(&mut Pool::new(2), &[Part::own(kind, &file)], 256).err(), Some(NotFinite));
         let (mut six, _) = made(Blocks::Q6K, 1, 256);
         six[208..].copy_from_slice(&half::f16::NAN.to_le_bytes());
-        assert_eq!(Packed::new(&mut Pool::new(2), &[Part::own(WeightType::Blocks(Blocks::Q6K), &six)], 256).err(), Some(NotFinite));
+        assert_eq!(
+            Packed::new(&mut Pool::new(2), &[Part::own(WeightType::Blocks(Blocks::Q6K), &six)], 256).err(),
+            Some(NotFinite)
+        );
     }
 }

@@ -20,14 +20,11 @@ use crate::quantized::{Q4_0, Q4K, Q5K, Q6K, Q8_0, Quantization};
 use crate::rounded::Rounded;
 use crate::simd::{Element, Isa, Kernel, LANES, Lanes, dispatch};
 
-/// Multiply-adds below which a product is left to the calling thread: about 100 microseconds of one core.
-const SMALL: usize = 1 << 21;
+/// Multiply-adds below which a product is left to the calling thread: about 10 microseconds of one core.
+const SMALL: usize = 1 << 18;
 
 /// Multiply-adds of one task: enough to be worth handing out.
-const TASK: usize = 1 << 20;
-
-/// How much more of them there are to a microsecond with weights of few bits.
-const FASTER: usize = 2;
+const TASK: usize = 1 << 17;
 
 thread_local! {
     /// Kept between products.
@@ -87,13 +84,13 @@ pub(crate) struct Span {
     pub(crate) columns: Range<usize>,
 }
 
-/// Hands out the columns of a segment of `n` outputs in units of so many; `faster` multiply-adds count as one.
-fn each(pool: &mut Pool, n: usize, to: To, (unit, faster): (usize, usize), run: &(dyn Fn(Span) + Sync)) {
+/// Hands out the columns of a segment of `n` outputs in units of so many.
+fn each(pool: &mut Pool, n: usize, to: To, unit: usize, run: &(dyn Fn(Span) + Sync)) {
     let To { m, k, .. } = to;
     let units = n.div_ceil(unit);
-    let per_task = (TASK * faster / (k * unit * m.max(1))).clamp(1, units).max(units.div_ceil(pool.threads() * 8));
+    let per_task = (TASK / (k * unit * m.max(1))).clamp(1, units).max(units.div_ceil(pool.threads() * 8));
     // Waking a thread costs more than a small product.
-    let per_task = if m * n * k < SMALL * faster { units } else { per_task };
+    let per_task = if m * n * k < SMALL { units } else { per_task };
     pool.run(units.div_ceil(per_task), &|task| {
         let columns = task * per_task..((task + 1) * per_task).min(units);
         run(Span { to, n, columns });
@@ -102,7 +99,7 @@ fn each(pool: &mut Pool, n: usize, to: To, (unit, faster): (usize, usize), run: 
 
 fn plain<T: Element>(pool: &mut Pool, isa: Isa, x: &[f32], w: &Segment, to: To) {
     let data = w.data.values::<T>();
-    each(pool, w.n, to, (PANEL, 1), &|part| {
+    each(pool, w.n, to, PANEL, &|part| {
         // SAFETY: tasks have disjoint panels, hence disjoint columns of the output, which outlives the call; the lengths and the
         // instruction set were checked before, and a packed matrix has whole panels.
         unsafe { dispatch(isa, Columns { part, x, w: data }) }
@@ -113,7 +110,7 @@ fn rounded<F: Form + Sync>(pool: &mut Pool, isa: Isa, x: &[f32], (w, form): (&Se
     ROUNDED.with_borrow_mut(|rounded| {
         rounded.fill(pool, isa, x, F::SHIFT);
         let (rounded, tiles) = (&*rounded, w.tiles(form, to.k));
-        each(pool, w.n, to, (LANES, FASTER), &|part| {
+        each(pool, w.n, to, LANES, &|part| {
             // SAFETY: as above, of tiles.
             unsafe { dispatch(isa, products::Columns::<F> { part, rounded, w: tiles, form: PhantomData }) }
         });
@@ -219,7 +216,9 @@ mod tests {
         {
             let x = values(m as u32, m * k);
             for kind in KINDS {
-                let packed = Packed::new(&mut Pool::new(2), &[Part::own(kind, &bytes(kind, &values(n as u32, n * k)))], k).unwrap();
+                let packed =
+                    Packed::new(&mut Pool::new(2), &[Part::own(kind, &bytes(kind, &values(n as u32, n * k)))], k)
+                        .unwrap();
                 let mut want = vec![0.0; m * n];
                 matmul(&mut Pool::new(1), Isa::Scalar, &x, &packed, &mut want);
                 for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
@@ -243,7 +242,8 @@ mod tests {
     fn sums_are_a_chain_of_fused_multiply_adds_and_agree_with_double_precision() {
         let (m, n, k) = (3, 70, 500);
         let (x, w) = (values(1, m * k), values(2, n * k));
-        let packed = Packed::new(&mut Pool::new(2), &[Part::own(WeightType::F32, &bytes(WeightType::F32, &w))], k).unwrap();
+        let packed =
+            Packed::new(&mut Pool::new(2), &[Part::own(WeightType::F32, &bytes(WeightType::F32, &w))], k).unwrap();
         let mut got = vec![0.0; m * n];
         matmul(&mut Pool::new(2), Isa::detect(), &x, &packed, &mut got);
         for row in 0..m {

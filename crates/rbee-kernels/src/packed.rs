@@ -262,7 +262,11 @@ impl Segment {
             .iter()
             .flat_map(|Part { kind, bytes, .. }| {
                 let row = kind.row(k);
-                assert!(row > 0 && bytes.len().is_multiple_of(row), "{} bytes are not rows of {k} {kind:?}", bytes.len());
+                assert!(
+                    row > 0 && bytes.len().is_multiple_of(row),
+                    "{} bytes are not rows of {k} {kind:?}",
+                    bytes.len()
+                );
                 bytes.chunks_exact(row).map(|bytes| (*kind, bytes))
             })
             .collect();
@@ -342,7 +346,10 @@ mod tests {
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let mut values = values(3, 8 * 5);
                 values[17] = bad;
-                assert_eq!(Packed::new(&mut Pool::new(2), &[Part::own(kind, &bytes(kind, &values))], 8).err(), Some(NotFinite));
+                assert_eq!(
+                    Packed::new(&mut Pool::new(2), &[Part::own(kind, &bytes(kind, &values))], 8).err(),
+                    Some(NotFinite)
+                );
                 assert_eq!(widen(kind, &bytes(kind, &values)).err(), Some(NotFinite));
             }
         }

@@ -246,9 +246,8 @@ unsafe fn scale_and_min<L: Lanes>(block: *const u8, run: usize) -> (L, L) {
     // SAFETY: the caller's: a block begins with 16 values of each kind, and then has 16 of each for every run.
     unsafe {
         let bits = block.add(HEAD + run * SCALES);
-        let product = |part: usize| {
-            L::load_u8(bits.add(part * LANES)).fma(halves(block.add(part * SCALES)), L::splat(0.0))
-        };
+        let product =
+            |part: usize| L::load_u8(bits.add(part * LANES)).fma(halves(block.add(part * SCALES)), L::splat(0.0));
         (product(0), product(1))
     }
 }

@@ -291,7 +291,8 @@ fn put(form: Quantization, row: &[u8], mut column: Column<'_>) -> Result<(), Not
                     column.byte(at + HEAD + run * SCALES + LANES, min);
                     let weights = at + Q5K::weights(run);
                     column.halves(weights, |group| four(block, 48 + run / 2 * RUN + group * GROUP) >> (run % 2 * 4));
-                    let fifths = (0..RUN / GROUP).map(|group| (four(block, 16 + group * GROUP) >> run & 0x0101_0101) << group);
+                    let fifths =
+                        (0..RUN / GROUP).map(|group| (four(block, 16 + group * GROUP) >> run & 0x0101_0101) << group);
                     column.word(weights + HALVES, fifths.fold(0, |all, bits| all | bits));
                 }
             }
@@ -337,9 +338,7 @@ pub(crate) fn read(form: Quantization, tile: &[u8], column: usize, out: &mut [f3
                     let q = weight(Q8_0::weights(k, run) + i / GROUP * LINE, i) ^ 0x80;
                     half(run * SCALES) * f32::from(q.cast_signed())
                 }
-                Quantization::Q4_0 => {
-                    half(run * SCALES) * (f32::from(of_four(Q4_0::weights(k, run), i)) - 8.0)
-                }
+                Quantization::Q4_0 => half(run * SCALES) * (f32::from(of_four(Q4_0::weights(k, run), i)) - 8.0),
                 Quantization::Q4K | Quantization::Q5K => {
                     let (at, weights, fifth) = if form == Quantization::Q4K {
                         let at = block * Q4K::BLOCK;
@@ -350,7 +349,8 @@ pub(crate) fn read(form: Quantization, tile: &[u8], column: usize, out: &mut [f3
                         (at, weights, (weight(weights + HALVES, i) >> (i / GROUP) & 1) << 4)
                     };
                     let scales = at + HEAD + run_of_block * SCALES;
-                    let (scale, min) = (half(at) * f32::from(byte(scales)), half(at + SCALES) * f32::from(byte(scales + LANES)));
+                    let (scale, min) =
+                        (half(at) * f32::from(byte(scales)), half(at + SCALES) * f32::from(byte(scales + LANES)));
                     f32::from(of_four(weights, i) | fifth).mul_add(scale, min)
                 }
                 Quantization::Q6K => {
@@ -406,15 +406,22 @@ mod tests {
                 matmul(&mut Pool::new(1), Isa::Scalar, &x, &packed, &mut want);
                 let mut rounded = Rounded::default();
                 rounded.fill(&mut Pool::new(1), Isa::Scalar, &x, 0);
-                let stepped: Vec<f64> =
-                    rounded.steps.iter().enumerate().map(|(i, q)| f64::from(*q) * f64::from(rounded.runs[i / RUN].scale)).collect();
+                let stepped: Vec<f64> = rounded
+                    .steps
+                    .iter()
+                    .enumerate()
+                    .map(|(i, q)| f64::from(*q) * f64::from(rounded.runs[i / RUN].scale))
+                    .collect();
                 for (i, got) in want.iter().enumerate() {
                     let pairs = stepped[i / n * k..][..k].iter().zip(&wide[i % n * k..][..k]);
                     let (exact, size) = pairs.fold((0.0, 0.0), |(sum, size), (x, w)| {
                         let product = x * f64::from(*w);
                         (sum + product, size + product.abs())
                     });
-                    assert!((f64::from(*got) - exact).abs() < 2e-6 * size, "{form:?} {i} of {m}x{n}x{k}: {got} {exact}");
+                    assert!(
+                        (f64::from(*got) - exact).abs() < 2e-6 * size,
+                        "{form:?} {i} of {m}x{n}x{k}: {got} {exact}"
+                    );
                 }
                 for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
                     for rows in 1..=m.min(8) {

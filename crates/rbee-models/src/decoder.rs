@@ -218,7 +218,7 @@ fn normed_by<'a>(norm: &Option<RmsNorm>, x: &'a [f32], out: &'a mut [f32]) -> &'
 }
 
 /// Multiply-adds of attention below which the other threads are left asleep.
-const SMALL: usize = 1 << 21;
+const SMALL: usize = 1 << 18;
 
 /// One layer's attention of a step.
 struct Attention<'a, F: KvForm> {
@@ -291,10 +291,6 @@ impl<F: KvForm> Attention<'_, F> {
             let sequence = store.sequence(*index, kv_head, row.blocks);
             SCRATCH.with_borrow_mut(|scratch| attend(compute.isa(), query, &sequence, out, scratch));
         };
-        if work < SMALL {
-            (0..tasks).for_each(one)
-        } else {
-            compute.run(tasks, &one)
-        }
+        if work < SMALL { (0..tasks).for_each(one) } else { compute.run(tasks, &one) }
     }
 }

@@ -21,7 +21,6 @@ use rbee_kernels::pool::SharedOut;
 use rbee_kernels::{Isa, Packed};
 use rbee_weights::config::sentence::{Embedding, Length, Pooling};
 
-
 /// An encoder's weights.
 pub(crate) struct Encoder {
     pub(crate) words: Packed,

@@ -5,6 +5,7 @@
 
 use std::borrow::Cow;
 use std::fs::File;
+use std::ops::Range;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 
@@ -48,6 +49,19 @@ impl std::ops::Deref for WeightBytes {
         match self {
             Self::Mapped(map) => map,
             Self::Static(bytes) => bytes,
+        }
+    }
+}
+
+impl WeightBytes {
+    /// Gives back the memory of a part: reading it again reads the file again. What is packed need not be there twice.
+    #[expect(unsafe_code, reason = "memory maps are unsafe by their nature")]
+    pub(crate) fn release(&self, part: Range<usize>) {
+        #[cfg(target_os = "linux")]
+        if let Self::Mapped(map) = self {
+            // SAFETY: nobody writes to this map of a file, so what is dropped is read from the file again, as before. Memory
+            // that is not given back is not missed.
+            let _ = unsafe { map.unchecked_advise_range(memmap2::UncheckedAdvice::DontNeed, part.start, part.len()) };
         }
     }
 }

@@ -216,8 +216,7 @@ impl Opened {
     }
 
     pub(crate) fn needs(&self, context: usize, blocks: usize, kv_type: KvType) -> Needs {
-        let packed =
-            self.plan.matrices().map(|matrix| self.held(matrix));
+        let packed = self.plan.matrices().map(|matrix| self.held(matrix));
         let positions = Positions { one: context.next_multiple_of(BLOCK) as u64, all: BLOCK as u64 * blocks as u64 };
         let kv = bytes_per_token(&self.config, kv_type);
         let weights = packed.sum::<u64>() + 4 * self.plan.vectors() as u64;

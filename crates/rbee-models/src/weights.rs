@@ -144,6 +144,10 @@ impl Weights {
         let parts: Vec<_> = matrix.parts.iter().map(|(name, _)| self.tensor(name)).collect();
         let parts = parts.iter().zip(self.kept(matrix)).map(|((kind, bytes), kept)| Part { kept, kind: *kind, bytes });
         let packed = compute.packed(&parts.collect::<Vec<_>>(), matrix.inputs);
+        for (name, _) in &matrix.parts {
+            let place = self.place(name);
+            self.files[place.file].bytes.release(place.start..place.start + place.len);
+        }
         packed.map_err(|_| self.not_finite(&matrix.parts[0].0))
     }
 
@@ -186,8 +190,9 @@ impl Weights {
             }
             // The header is not sampled: it says what all the rest means.
             hash.update(&bytes[..*header]);
-            for stretch in bytes.chunks(STRIDE) {
+            for (i, stretch) in bytes.chunks(STRIDE).enumerate() {
                 hash.update(&stretch[..PAGE.min(stretch.len())]);
+                bytes.release(i * STRIDE..i * STRIDE + stretch.len());
             }
         }
         hash.finalize().iter().take(16).map(|byte| format!("{byte:02x}")).collect()

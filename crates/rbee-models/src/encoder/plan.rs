@@ -187,10 +187,7 @@ impl Opened {
     }
 
     pub(crate) fn needs(&self, context: usize) -> Needs {
-        let matrices = self
-            .plan
-            .matrices()
-            .map(|matrix| self.weights.held(matrix));
+        let matrices = self.plan.matrices().map(|matrix| self.weights.held(matrix));
         let biases = self.plan.matrices().flat_map(Matrix::biases).map(|(_, len)| len).sum::<usize>();
         let vectors = biases + (2 * self.plan.norms().count() + context) * self.config.hidden;
         encoder_needs(&self.config, matrices.sum::<u64>() + 4 * vectors as u64, context as u64, STEP_TOKENS)
