@@ -14,7 +14,7 @@ const ABOUT: &str = "# Models
 
 `--model` takes a repository of the hub (`org/name`, `org/name@revision`) or a folder as one has it: `config.json`, `tokenizer.json` (with `tokenizer_config.json` or
 `chat_template.jinja` for chats), and `model.safetensors` or shards with `model.safetensors.index.json`; or a GGUF file, see below. Weights in f32, f16 and
-bf16 are kept in their type; sums are in f32. With `--quantize q8_0` matrices are kept with 8.5 bits a weight, with `--quantize q4_k`
+bf16 are kept in their type and meet activations in f32; sums are in f32. With `--quantize q8_0` matrices are kept with 8.5 bits a weight, with `--quantize q4_k`
 with 4.6, and embedding and head with 8.5; matrices whose rows are not whole blocks (of 32, of 256) have the next larger form, and
 routers keep their type. The KV cache has the weights' type, f16 beside quantized weights, or `--kv-type f32|f16|bf16|q8_0`.
 
@@ -33,10 +33,10 @@ const REST: &str = "
 A file's path, `org/name:FILE.gguf` or `org/name:Q4_K_M`; of one that was split, any part or the first. Nothing else is needed: what
 `config.json` and the tokenizer's files say is read from the metadata. Architectures: llama (Mistral and Mixtral with it), qwen2, qwen3,
 qwen3moe, phi3, gemma2, gemma3, granite, olmo2, smollm3. Tensors: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K; others,
-such as IQ and MXFP4, are refused by name. In memory Q8_0, Q5_0 and Q4_0 have 8.5 bits a weight and Q4_K has 4.6, with the very values of
-the file; the other kinds have 16 bits, rounded to f16. Products are with f32 activations: llama.cpp rounds these to 8 bits, so its
-numbers differ by that much. Vocabularies: byte-level BPE with the rules for words that llama.cpp knows by name, and SentencePiece with
-scores; an unknown rule is refused by its name.
+such as IQ and MXFP4, are refused by name. In memory each has the very values of the file: Q8_0 and Q5_0 take 8.5 bits a weight,
+Q4_0 4.5, Q4_K 4.6, Q5_K 5.6, Q6_K and Q3_K 6.6; Q4_1, Q5_1 and Q2_K take 16, rounded to f16. Beside weights of fewer than 16 bits
+activations are rounded to 8 bits, 32 of them to a scale, as llama.cpp does with coarser scales. Vocabularies: byte-level BPE with the
+rules for words that llama.cpp knows by name, and SentencePiece with scores; an unknown rule is refused by its name.
 
 ## Bounds
 
@@ -44,11 +44,13 @@ Refused by name, as their results would be others: quantized checkpoints (`quant
 results depend on how a text was cut, activations other than SiLU and tanh-GELU, bidirectional attention, and any tensor that the
 architecture has no use for. Keys of `config.json` that nothing knows are named in the worker's log.
 
-Chat templates come from `chat_template.jinja` or `tokenizer_config.json`. Templates in the manner of each family, with tools, calls,
+Long-rope: a text has the frequencies of long texts when its prompt is longer than the original length, to its end.
+
+## Chat templates
+
+They come from `chat_template.jinja` or `tokenizer_config.json`. Templates in the manner of each family, with tools, calls,
 results, thoughts, documents and refusals, are compared with transformers byte for byte (`tests/fixtures/chat/`). What a message says
 never becomes a control token.
-
-Long-rope: a text has the frequencies of long texts when its prompt is longer than the original length, to its end.
 ";
 
 const ENCODERS: &str = "

@@ -2,7 +2,7 @@
 
 use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rbee_client::{ClientError, HiveClient, WorkerClient};
 use rbee_scheduler::{Event as Heard, LoadKey};
@@ -19,6 +19,12 @@ use crate::brain::Brain;
 
 /// Longest time until the local hive listens.
 const START: Duration = Duration::from_secs(20);
+
+/// How long after a worker is known its hive may still be about to tell of its process: two of the hive's heartbeats.
+const HIVE_TELLS: Duration = Duration::from_secs(2);
+
+/// How often that is looked for.
+const LOOK_AGAIN: Duration = Duration::from_millis(20);
 
 /// Whether a hive may be started for an operation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -200,15 +206,21 @@ impl Hives {
     /// # Errors
     /// `WORKER_NOT_FOUND`, or that it or its hive does not answer.
     pub async fn retire(&self, brain: &Brain, worker: &WorkerId, log: &JobLog) -> Result<(), ErrorBody> {
-        let fleet = brain.fleet().await;
         let gone = || ErrorBody::new(ErrorCode::WorkerNotFound, format!("worker {worker} went away"));
-        let view = fleet.workers.iter().find(|view| &view.worker_id == worker).ok_or_else(gone)?;
-        let process = fleet
-            .hives
-            .iter()
-            .filter(|hive| hive.hive_id == view.hive_id)
-            .flat_map(|hive| &hive.processes)
-            .find(|process| &process.worker_id == worker && process.pid != 0);
+        let seen = Instant::now();
+        let (view, process) = loop {
+            let fleet = brain.fleet().await;
+            let view = fleet.workers.into_iter().find(|view| &view.worker_id == worker).ok_or_else(gone)?;
+            let Some(hive) = fleet.hives.into_iter().find(|hive| hive.hive_id == view.hive_id) else {
+                break (view, None);
+            };
+            let process = hive.processes.into_iter().find(|process| &process.worker_id == worker && process.pid != 0);
+            // A new worker's heartbeat may come before the one in which its hive tells of it.
+            if process.is_some() || seen.elapsed() > HIVE_TELLS {
+                break (view, process);
+            }
+            tokio::time::sleep(LOOK_AGAIN).await;
+        };
         match process {
             Some(process) => {
                 let delete =
@@ -223,7 +235,7 @@ impl Hives {
                     NoteLevel::Info,
                     "no hive has this worker; it was asked itself to finish and exit",
                 ));
-                log.push(&Event::data(view));
+                log.push(&Event::data(&view));
                 Ok(())
             }
         }
