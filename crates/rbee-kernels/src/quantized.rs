@@ -183,7 +183,7 @@ fn made(form: Quantization, values: Vec<f32>) -> Result<Vec<u8>, NotFinite> {
     let len = values.len();
     // A row that candle cannot quantize is none of ours: whole blocks of finite numbers always can be.
     let row = Tensor::from_vec(values, len, &Device::Cpu).and_then(|row| QTensor::quantize(&row, form.candle()));
-    Ok(row.and_then(|row| Ok(row.data()?.into_owned())).map_err(|_| NotFinite)?)
+    row.and_then(|row| Ok(row.data()?.into_owned())).map_err(|_| NotFinite)
 }
 
 /// One output's place in a tile.
