@@ -13,7 +13,7 @@ use rbee_testkit::{Cluster, Setup, patience, wait_for};
 use serde_json::Value;
 
 use super::machine::{self, Busy};
-use super::random_gguf::{self, Mixture};
+use super::random_gguf::{self, Mixture, SHAPE_1B};
 use super::{quantile, sorted};
 use crate::sdk;
 
@@ -43,7 +43,7 @@ pub(super) fn run(root: &Path, rounds: usize) -> Result<()> {
     let began = (Busy::now(), Instant::now());
     for mixture in [Mixture::Q8_0, Mixture::Q4_K_M] {
         let file = folder.join(format!("llama-1.1b-{}.gguf", mixture.name()));
-        random_gguf::write(&file, mixture)?;
+        random_gguf::write(&file, &SHAPE_1B, mixture)?;
         let (mut ours, mut theirs) = (Vec::new(), Vec::new());
         // The first of each brings the file into the page cache.
         for round in 0..=rounds {
