@@ -3,6 +3,7 @@
 //! For relay, start and load the programs must be built: `cargo build --release --workspace --bins`.
 
 mod api;
+mod cpu;
 mod engine;
 mod fleet;
 mod load;
@@ -17,7 +18,8 @@ use anyhow::{Result, bail};
 
 const USAGE: &str = "usage: cargo xtask bench relay [--streams N] [--tokens N] [--workers N] [--rounds N] | bench start [--times N] | bench api [--rounds N] | bench download [--rounds N] | bench load [--rounds N] \
      | bench fleet [--workers N] [--hives N] [--models N] [--owners N] [--jobs N] [--events N] [--policy NAME] \
-     | bench engine [--shape 135m|360m|1.1b] [--quantize FORM] [--kv-type T] [--threads N] [--rounds N]";
+     | bench engine [--shape 135m|360m|1.1b] [--quantize FORM] [--kv-type T] [--threads N] [--rounds N] \
+     | bench cpu [--rounds N] [--shape 135m,1.1b,3b] [--types q8_0,q4_k_m,bf16,q4_0] [--threads N,N] [--only prefill,decode,depth,batch,load] [--llama FOLDER]";
 
 /// Runs the bench that the arguments after `bench` name.
 ///
@@ -27,6 +29,7 @@ pub fn run(args: &[String]) -> Result<()> {
     match args.split_first() {
         Some((name, rest)) if name == "relay" => relay::run(&relay::Plan::parse(rest)?),
         Some((name, rest)) if name == "api" => api::run(numbers(rest, [("--rounds", 3)])?[0]),
+        Some((name, rest)) if name == "cpu" => cpu::run(&crate::root(), &cpu::Plan::parse(rest)?),
         Some((name, rest)) if name == "download" => download(numbers(rest, [("--rounds", 5)])?[0]),
         Some((name, rest)) if name == "fleet" => fleet::run(&fleet::Plan::parse(rest)?),
         Some((name, rest)) if name == "engine" => engine::run(rest),

@@ -27,7 +27,7 @@ const USAGE: &str = "usage: cargo xtask COMMAND
   fuzz [SECONDS] [TARGET]
                  run every fuzz target, or one, for 5 seconds unless given
   up [WORKERS]   a fleet of simulated workers in a home of its own, until Ctrl-C
-  bench NAME     measure: relay, start, api, fleet, engine, download, load
+  bench NAME     measure: relay, start, api, fleet, engine, cpu, download, load
   sim            the policies against each other, in virtual time
   sim --seeds N  look for a seed that breaks what the scheduler must hold
   cuda toolkit   bring NVIDIA's compiler into target/cuda

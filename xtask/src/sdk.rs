@@ -55,8 +55,11 @@ fn node(cache: &Path, (name, packages): (&str, &[&str])) -> Result<Option<PathBu
     Ok(folder.is_dir().then_some(folder))
 }
 
-/// Makes a folder by `make`, unless it was made for these packages before.
-fn once(folder: &Path, packages: &[&str], make: impl FnOnce() -> Result<(), String>) -> Result<()> {
+/// Makes a folder by `make`, unless it was made for these packages before. Where that fails, it is said and there is no folder.
+///
+/// # Errors
+/// When the cache cannot be written.
+pub(crate) fn once(folder: &Path, packages: &[&str], make: impl FnOnce() -> Result<(), String>) -> Result<()> {
     let (made, packages) = (folder.join("made"), packages.join(" "));
     if std::fs::read_to_string(&made).is_ok_and(|before| before == packages) {
         return Ok(());
@@ -70,18 +73,23 @@ fn once(folder: &Path, packages: &[&str], make: impl FnOnce() -> Result<(), Stri
         }
         Err(why) => {
             let _ = std::fs::remove_dir_all(folder);
-            eprintln!("sdk: SKIPPED: {packages} cannot be had, and the tests that need it do nothing: {why}");
+            eprintln!("sdk: SKIPPED: {packages} cannot be had, and what needs it does nothing: {why}");
             Ok(())
         }
     }
 }
 
-fn run(command: &mut Command) -> Result<(), String> {
+/// Runs a program to its end.
+///
+/// # Errors
+/// Its last words, when it does not end well.
+pub(crate) fn run(command: &mut Command) -> Result<(), String> {
     let shown = format!("{command:?}");
     let output = command.stdin(Stdio::null()).output().map_err(|error| format!("{shown}: {error}"))?;
     if output.status.success() {
         return Ok(());
     }
-    let said = String::from_utf8_lossy(&output.stderr);
-    Err(format!("{shown}: {}", said.lines().last().unwrap_or("it says nothing")))
+    let said = [output.stderr, output.stdout].map(|said| String::from_utf8_lossy(&said).trim_end().to_owned());
+    let last = said.iter().find_map(|said| said.lines().last());
+    Err(format!("{shown}: {}", last.unwrap_or("it says nothing")))
 }

@@ -56,6 +56,15 @@ pub(super) fn describe() -> String {
     format!("{}, {} cores", model.unwrap_or("unknown processor").trim(), cores())
 }
 
+/// Time that this process's children have been on a processor, of those that have ended.
+pub(super) fn children_cpu() -> Duration {
+    let text = fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    // After the name, which may have spaces: state, ..., utime, stime, cutime, cstime.
+    let columns = text.rsplit(')').next().unwrap_or_default().split_whitespace();
+    let ticks: u64 = columns.skip(13).take(2).filter_map(|column| column.parse::<u64>().ok()).sum();
+    Duration::from_millis(ticks * 10)
+}
+
 /// Time that the calling thread has been on a processor.
 pub(super) fn thread_cpu() -> Result<Duration> {
     let text = fs::read_to_string("/proc/thread-self/schedstat")?;

@@ -1,0 +1,105 @@
+//! Our own half: the bench programs `cpu` of `rbee-models` and `limits` of `rbee-kernels`.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use serde_json::Value;
+
+use super::Figure;
+use super::children::{said, watched};
+
+/// What the machine does at most with so many threads.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Limits {
+    /// 10^9 bytes read in a second.
+    pub(super) read: f64,
+    /// 10^9 operations in a second on bytes, where a product and its sum are two.
+    pub(super) int8: Option<f64>,
+    /// The same on bf16.
+    pub(super) bf16: Option<f64>,
+    /// The same on f32.
+    pub(super) f32: Option<f64>,
+}
+
+/// The built programs.
+pub(super) struct Ours {
+    cpu: PathBuf,
+    limits: PathBuf,
+}
+
+impl Ours {
+    /// Builds them.
+    ///
+    /// # Errors
+    /// When they cannot be built.
+    pub(super) fn build(root: &Path) -> Result<Self> {
+        let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
+        // Of the whole workspace, so that dependencies have the features that they were built with already.
+        let output = Command::new(cargo)
+            .args(["bench", "--locked", "--workspace", "--bench", "cpu", "--bench", "limits", "--no-run"])
+            .arg("--message-format=json-render-diagnostics")
+            .current_dir(root)
+            .stderr(Stdio::inherit())
+            .output()
+            .context("cargo")?;
+        ensure!(output.status.success(), "the benches cannot be built");
+        let artifacts = output.stdout.split(|byte| *byte == b'\n');
+        let built: HashMap<String, PathBuf> = artifacts
+            .filter_map(|line| serde_json::from_slice::<Value>(line).ok())
+            .filter(|line| line["target"]["kind"][0] == "bench")
+            .filter_map(|line| Some((line["target"]["name"].as_str()?.to_owned(), line["executable"].as_str()?.into())))
+            .collect();
+        let program = |name: &str| built.get(name).cloned().with_context(|| format!("cargo built no bench {name}"));
+        Ok(Self { cpu: program("cpu")?, limits: program("limits")? })
+    }
+
+    /// What the machine does now.
+    ///
+    /// # Errors
+    /// When the program fails.
+    pub(super) fn limits(&self, threads: usize) -> Result<Limits> {
+        let text = said(Command::new(&self.limits).args(["--threads", &threads.to_string()]))?;
+        let line: Value = serde_json::from_str(&text).context("the machine's limits")?;
+        let read = line["read"].as_f64().context("a bandwidth")?;
+        Ok(Limits { read, int8: line["int8"].as_f64(), bf16: line["bf16"].as_f64(), f32: line["f32"].as_f64() })
+    }
+
+    /// The figures of a group, in order.
+    ///
+    /// # Errors
+    /// When the program fails.
+    pub(super) fn measure(&self, figures: &[Figure], file: &Path, threads: usize) -> Result<Vec<f64>> {
+        let mut command = Command::new(&self.cpu);
+        command.arg(file).args(["--threads", &threads.to_string()]).args(figures.iter().filter_map(case));
+        if let [Figure::Load { .. }, Figure::Peak] = figures {
+            let taken = watched(&mut command)?;
+            let counted: f64 = lines(&taken.said)?.iter().map(|(_, seconds)| seconds).sum();
+            return Ok(vec![(taken.wall.as_secs_f64() - counted) * 1e3, taken.peak as f64 / f64::from(1 << 20)]);
+        }
+        let speeds: Vec<f64> = lines(&said(&mut command)?)?.iter().map(|(tokens, seconds)| tokens / seconds).collect();
+        ensure!(speeds.len() == figures.len(), "{} figures of {figures:?}", speeds.len());
+        Ok(speeds)
+    }
+}
+
+/// Its name on the command line.
+fn case(figure: &Figure) -> Option<String> {
+    match figure {
+        Figure::Prefill { tokens } => Some(format!("prefill:{tokens}")),
+        Figure::Decode { tokens, context } => Some(format!("decode:{tokens}x{context}")),
+        Figure::Batch { tokens, sequences } => Some(format!("batch:{tokens}x{sequences}")),
+        Figure::Load { prompt } => Some(format!("load:{prompt}")),
+        Figure::Peak => None,
+    }
+}
+
+/// Tokens and seconds of each case.
+fn lines(text: &str) -> Result<Vec<(f64, f64)>> {
+    let one = |line: &str| {
+        let line: Value = serde_json::from_str(line).context("a case of ours")?;
+        Ok((line["tokens"].as_f64().context("tokens")?, line["seconds"].as_f64().context("seconds")?))
+    };
+    text.lines().map(one).collect()
+}
