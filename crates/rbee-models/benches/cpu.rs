@@ -16,7 +16,7 @@ use std::time::Instant;
 
 use rbee_engine::runner::{BlockId, Chunk, Logits, ModelRunner, Regime, StepBatch, Wanted};
 use rbee_engine::{StepCounter, TokenId};
-use rbee_models::{CandleRunner, ModelFiles, RunnerOptions, load};
+use rbee_models::{CpuRunner, ModelFiles, RunnerOptions, load};
 use serde_json::json;
 
 /// Tokens of one prompt in one step, as the worker has it.
@@ -72,7 +72,7 @@ impl Case {
 }
 
 struct Session {
-    runner: CandleRunner,
+    runner: CpuRunner,
     logits: Logits,
     chunk: usize,
     prompt: Vec<TokenId>,
