@@ -1,12 +1,11 @@
 //! `cargo xtask bench`: figures for `docs/PERFORMANCE.md`, measured on real processes, or on the real scheduler.
 //!
-//! For relay, start and load the programs must be built: `cargo build --release --workspace --bins`.
+//! For relay and start the programs must be built: `cargo build --release --workspace --bins`.
 
 mod api;
 mod cpu;
 mod engine;
 mod fleet;
-mod load;
 mod machine;
 mod random_gguf;
 mod relay;
@@ -16,7 +15,7 @@ use std::process::Command;
 
 use anyhow::{Result, bail};
 
-const USAGE: &str = "usage: cargo xtask bench relay [--streams N] [--tokens N] [--workers N] [--rounds N] | bench start [--times N] | bench api [--rounds N] | bench download [--rounds N] | bench load [--rounds N] \
+const USAGE: &str = "usage: cargo xtask bench relay [--streams N] [--tokens N] [--workers N] [--rounds N] | bench start [--times N] | bench api [--rounds N] | bench download [--rounds N] \
      | bench fleet [--workers N] [--hives N] [--models N] [--owners N] [--jobs N] [--events N] [--policy NAME] \
      | bench engine [--shape 135m|360m|1.1b] [--quantize FORM] [--kv-type T] [--threads N] [--rounds N] \
      | bench cpu [--rounds N] [--shape 135m,1.1b,3b] [--types q8_0,q4_k_m,bf16,q4_0] [--threads N,N] [--only prefill,decode,depth,batch,load] [--llama FOLDER]";
@@ -33,7 +32,6 @@ pub fn run(args: &[String]) -> Result<()> {
         Some((name, rest)) if name == "download" => download(numbers(rest, [("--rounds", 5)])?[0]),
         Some((name, rest)) if name == "fleet" => fleet::run(&fleet::Plan::parse(rest)?),
         Some((name, rest)) if name == "engine" => engine::run(rest),
-        Some((name, rest)) if name == "load" => load::run(&crate::root(), numbers(rest, [("--rounds", 5)])?[0]),
         Some((name, rest)) if name == "start" => start::run(numbers(rest, [("--times", 7)])?[0]),
         _ => bail!(USAGE),
     }

@@ -1,7 +1,7 @@
 //! The real openai packages and the model hub's, fetched into a cache below `target/`, for the suite that drives the built programs with them
 //! (`tests/e2e/sdk.rs`, `crates/rbee-catalog/tests/it/python.rs`).
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context, Result};
@@ -17,9 +17,6 @@ const PYTHON: [(&str, &[&str]); 3] = [
 /// The same on npm.
 const NODE: (&str, &[&str]) = ("node", &["openai@6.49.0"]);
 
-/// The peer that loads and computes are compared with; its program is a package of its own.
-const LLAMA_CPP: (&str, &[&str]) = ("llama", &["node-llama-cpp@3.22.1", "@node-llama-cpp/linux-x64@3.22.1"]);
-
 /// Fetches what is not there yet. What cannot be had is said, and its tests are skipped.
 ///
 /// # Errors
@@ -34,25 +31,12 @@ pub fn install(root: &Path) -> Result<()> {
             run(Command::new(python).args(["-m", "pip", "install", "--quiet"]).args(packages))
         })?;
     }
-    node(&cache, NODE).map(drop)
-}
-
-/// The folder from which llama.cpp's prebuilt program is found; `None`, said aloud, where it cannot be had.
-///
-/// # Errors
-/// When the cache cannot be written.
-pub fn llama_cpp(root: &Path) -> Result<Option<PathBuf>> {
-    node(&root.join("target/sdk"), LLAMA_CPP)
-}
-
-/// A folder with these packages of npm, if they can be had.
-fn node(cache: &Path, (name, packages): (&str, &[&str])) -> Result<Option<PathBuf>> {
+    let (name, packages) = NODE;
     let folder = cache.join(name);
     once(&folder, packages, || {
         let flags = ["install", "--silent", "--no-fund", "--no-audit", "--ignore-scripts", "--omit=optional"];
         run(Command::new("npm").args(flags).args(packages).current_dir(&folder))
-    })?;
-    Ok(folder.is_dir().then_some(folder))
+    })
 }
 
 /// Makes a folder by `make`, unless it was made for these packages before. Where that fails, it is said and there is no folder.
