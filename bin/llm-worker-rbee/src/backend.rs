@@ -5,7 +5,8 @@ mod sim;
 mod vocabulary;
 
 use rbee_engine::{
-    Engine, EngineConfig, EngineHandle, Goal, ModelRunner, OutputText, Reading, Request, Sampling, StepCounter, TokenId,
+    Engine, EngineConfig, EngineHandle, Goal, ModelRunner, OutputText, Reading, Request, Sampling, Speculation,
+    StepCounter, TokenId,
 };
 use rbee_tokenizer::{AnswerReader, Begins};
 use rbee_wire::fields::Violation;
@@ -134,8 +135,13 @@ pub fn load(cli: &Cli, charge: &WorkerCharge, progress: &dyn Fn(LoadProgress)) -
         Backend::Cuda => GPU_PREFILL_CHUNK,
         Backend::Cpu | Backend::Sim => PREFILL_CHUNK,
     };
-    let config =
-        EngineConfig { slots, step_tokens: slots + prefill_chunk, prefill_chunk, queue: ENGINE_QUEUE.max(slots) };
+    let config = EngineConfig {
+        slots,
+        step_tokens: slots + prefill_chunk,
+        prefill_chunk,
+        queue: ENGINE_QUEUE.max(slots),
+        speculation: speculation(std::env::var("RBEE_SPECULATION").ok().as_deref())?,
+    };
     let failed = |error: &dyn std::fmt::Display| {
         ErrorBody::new(ErrorCode::ModelLoadFailed, format!("the model was read but its engine did not start: {error}"))
     };
@@ -144,6 +150,12 @@ pub fn load(cli: &Cli, charge: &WorkerCharge, progress: &dyn Fn(LoadProgress)) -
     warm_up(&mut engine, text.as_ref())?;
     let engine = EngineHandle::start(engine, steps).map_err(|error| failed(&error))?;
     Ok(Loaded { engine, text, facts })
+}
+
+/// Whether tokens are guessed: as `RBEE_SPECULATION` says, else where it pays.
+fn speculation(asked: Option<&str>) -> Result<Speculation, ErrorBody> {
+    let parsed = asked.map_or(Ok(Speculation::default()), str::parse);
+    parsed.map_err(|problem| ErrorBody::new(ErrorCode::InvalidRequest, format!("RBEE_SPECULATION {problem}")))
 }
 
 /// One token of a short prompt through the whole engine, or its embedding: touches every weight, and shows weights that are not

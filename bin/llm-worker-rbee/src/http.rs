@@ -107,6 +107,8 @@ async fn metrics(State(api): State<Api>) -> Exposition {
     out.counter("rbee_engine_preemptions", "Sequences that gave their KV up to others", stats.preemptions);
     out.counter("rbee_engine_prompt_tokens", "Prompt tokens computed", stats.prompt_tokens);
     out.counter("rbee_engine_generated_tokens", "Tokens generated", stats.generated_tokens);
+    out.counter("rbee_engine_drafted_tokens", "Tokens guessed and computed", stats.drafted_tokens);
+    out.counter("rbee_engine_accepted_tokens", "Those of them that were right", stats.accepted_tokens);
     out.counter("rbee_engine_steps", "Layers of steps computed", stats.steps);
     out.gauge("rbee_engine_memory_bytes", "Resident memory", beat.memory.total as f64);
     out

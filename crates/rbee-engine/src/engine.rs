@@ -4,7 +4,9 @@
 //! KV blocks for their tokens; from then on they run and take further blocks as they grow, and new ones join the
 //! running batch at any step. When there is no block left, the sequence that was admitted last gives its blocks up and
 //! waits to be computed again: its tokens are the same then, as a draw depends on seed, choice and position alone. The
-//! oldest is never preempted while another runs, so there is always progress. A request ends in one place, `Engine::end`, which takes it out of the table of requests
+//! oldest is never preempted while another runs, so there is always progress. For the same reason tokens can be guessed: a step
+//! computes some of what probably comes next beside a sequence's token, a guess counts where it is the token that is drawn in its
+//! place, and what was computed after one that is not is as if it had never been. A request ends in one place, `Engine::end`, which takes it out of the table of requests
 //! first: that is why its terminal output cannot come twice.
 
 use std::collections::{BTreeMap, VecDeque};
@@ -20,6 +22,7 @@ use crate::runner::{Chunk, Logits, ModelLimits, ModelRunner, Reading, RunnerErro
 use crate::sampling::Sampler;
 use crate::schedule::{self, Bounds, Planned};
 use crate::sequence::Sequence;
+use crate::speculation::{Costs, MOST_ROWS, Speculation};
 
 /// Steps without trouble after which a budget that was cut for want of memory is doubled again.
 const CALM_STEPS: u32 = 64;
@@ -35,6 +38,8 @@ pub struct EngineConfig {
     pub prefill_chunk: usize,
     /// Sequences that may wait beyond those that run.
     pub queue: usize,
+    /// Whether tokens are guessed; it changes times and no tokens.
+    pub speculation: Speculation,
 }
 
 /// Where the engine stands.
@@ -64,6 +69,10 @@ pub struct EngineStats {
     pub prompt_tokens: u64,
     /// Tokens generated since the start.
     pub generated_tokens: u64,
+    /// Guessed tokens computed since the start.
+    pub drafted_tokens: u64,
+    /// Those of them that were right.
+    pub accepted_tokens: u64,
     /// Whether there is anything to do: then `steps` must move.
     pub working: bool,
 }
@@ -83,6 +92,17 @@ struct Live {
     permit: Permit,
 }
 
+/// What the last step was made of.
+#[derive(Clone, Copy, Debug, Default)]
+struct Makeup {
+    /// Sequences that decoded.
+    decoding: usize,
+    /// Their drafted tokens.
+    drafted: usize,
+    /// Tokens of prompts.
+    prompt: usize,
+}
+
 /// The engine; see the module for how it works.
 pub struct Engine {
     runner: Box<dyn ModelRunner>,
@@ -100,17 +120,21 @@ pub struct Engine {
     budget: usize,
     calm: u32,
     pace: Pace,
-    /// Sequences that decoded in the last step, and its prompt tokens.
-    makeup: (usize, usize),
+    costs: Costs,
+    makeup: Makeup,
     steps: u64,
     last_request: u64,
     prompt_tokens: u64,
     generated_tokens: u64,
+    drafted_tokens: u64,
+    accepted_tokens: u64,
     prefix_queries: u64,
     prefix_hits: u64,
     preemptions: u64,
     failed: bool,
     plan: Vec<Planned>,
+    /// Drafted tokens that could be computed: how likely each is, and its place in the plan.
+    odds: Vec<(f32, usize)>,
     logits: Logits,
     sampler: Sampler,
 }
@@ -146,16 +170,20 @@ impl Engine {
             budget: config.step_tokens,
             calm: 0,
             pace: Pace::default(),
-            makeup: (0, 0),
+            costs: Costs::default(),
+            makeup: Makeup::default(),
             steps: 0,
             last_request: 0,
             prompt_tokens: 0,
             generated_tokens: 0,
+            drafted_tokens: 0,
+            accepted_tokens: 0,
             prefix_queries: 0,
             prefix_hits: 0,
             preemptions: 0,
             failed: false,
             plan: Vec::new(),
+            odds: Vec::new(),
             sampler: Sampler::default(),
         })
     }
@@ -168,6 +196,11 @@ impl Engine {
     /// The sizes it was made with.
     pub fn config(&self) -> &EngineConfig {
         &self.config
+    }
+
+    /// Changes whether tokens are guessed, from the next step on.
+    pub fn set_speculation(&mut self, speculation: Speculation) {
+        self.config.speculation = speculation;
     }
 
     pub(crate) fn gate(&self) -> &Arc<Gate> {
@@ -261,6 +294,8 @@ impl Engine {
             steps: 0,
             prompt_tokens: self.prompt_tokens,
             generated_tokens: self.generated_tokens,
+            drafted_tokens: self.drafted_tokens,
+            accepted_tokens: self.accepted_tokens,
             working: self.has_work(),
         }
     }
@@ -277,16 +312,18 @@ impl Engine {
             }
             self.preempt();
         }
-        self.makeup = (0, 0);
+        self.speculate();
+        self.makeup = Makeup::default();
         if self.plan.is_empty() {
             return;
         }
         self.steps += 1;
         for planned in &self.plan {
             if self.running[planned.sequence].is_decoding() {
-                self.makeup.0 += 1;
+                self.makeup.decoding += 1;
+                self.makeup.drafted += planned.drafted();
             } else {
-                self.makeup.1 += planned.count;
+                self.makeup.prompt += planned.count;
             }
         }
         match self.compute() {
@@ -303,10 +340,16 @@ impl Engine {
         }
     }
 
-    /// How long the last step took: from this the engine learns how many prompt tokens may join those that decode.
+    /// How long the last step took: from this the engine learns how many prompt tokens may join those that decode, and how
+    /// many guesses.
     pub fn took(&mut self, time: Duration) {
-        let (decoding, prompt) = std::mem::take(&mut self.makeup);
-        self.pace.learn(decoding, prompt, time);
+        let Makeup { decoding, drafted, prompt } = std::mem::take(&mut self.makeup);
+        if decoding > 0 && prompt == 0 {
+            self.costs.learn(decoding + drafted, time);
+        }
+        if drafted == 0 {
+            self.pace.learn(decoding, prompt, time);
+        }
     }
 
     /// Moves waiting sequences, in order, to free slots with blocks for all their tokens.
@@ -345,6 +388,41 @@ impl Engine {
         plan.into_iter().all(|planned| self.running[planned.sequence].grow(planned.count, size))
     }
 
+    /// Adds to the plan drafted tokens that it pays to compute, where all that runs decodes: a prompt has a better use for the
+    /// rows. They take blocks that nobody has, and no sequence gives any up for them.
+    fn speculate(&mut self) {
+        self.running.iter_mut().for_each(Sequence::forget_draft);
+        let decoding = self.plan.len();
+        let room = self.budget.min(MOST_ROWS).saturating_sub(decoding);
+        let all_decode = decoding == self.running.len() && self.running.iter().all(Sequence::is_decoding);
+        if self.config.speculation == Speculation::Off || room == 0 || !all_decode {
+            return;
+        }
+        self.odds.clear();
+        for (place, planned) in self.plan.iter().enumerate() {
+            self.odds.extend(self.running[planned.sequence].draft().map(|odds| (odds, place)));
+        }
+        self.odds.sort_by(|a, b| b.0.total_cmp(&a.0));
+        self.odds.truncate(room);
+        let count = match self.config.speculation {
+            Speculation::Always => self.odds.len(),
+            _ => self.costs.best(decoding, self.odds.iter().map(|(odds, _)| *odds)),
+        };
+        // A token is never likelier than the one before it, so these are the first of each draft.
+        for (_, place) in &self.odds[..count] {
+            self.plan[*place].count += 1;
+        }
+        for planned in self.plan.iter_mut().filter(|planned| planned.count > 1) {
+            let sequence = &mut self.running[planned.sequence];
+            while !sequence.grow(planned.count, self.limits.block_size) {
+                planned.count -= 1;
+            }
+            if planned.count > 1 {
+                planned.wanted = Wanted::LogitsOfAll;
+            }
+        }
+    }
+
     /// The sequence that was admitted last waits again, before all others.
     fn preempt(&mut self) {
         let mut sequence = self.running.pop().expect("one that is alone finds blocks: the KV holds a whole context");
@@ -363,7 +441,7 @@ impl Engine {
         };
         let batch = StepBatch { chunks: self.plan.iter().map(chunk).collect() };
         self.runner.step(&batch, &mut self.logits)?;
-        let wanted = self.plan.iter().filter(|p| p.wanted == Wanted::Logits).count();
+        let wanted = self.plan.iter().map(Planned::rows).sum::<usize>();
         if wanted > 0 && (self.logits.rows() != wanted || self.logits.row(0).len() != self.limits.vocab) {
             return Err(RunnerError::Forward(format!("{} rows of logits for {wanted}", self.logits.rows())));
         }
@@ -385,7 +463,9 @@ impl Engine {
             let live = self.live.get_mut(&id).expect("a running sequence belongs to a live request");
             let was_decoding = sequence.is_decoding();
             sequence.last_step = self.steps;
-            sequence.advance(planned.count, self.limits.block_size);
+            // Of a draft nothing is known to be in the text yet.
+            sequence.advance(planned.count - planned.drafted(), self.limits.block_size);
+            self.drafted_tokens += planned.drafted() as u64;
             if !was_decoding && !sequence.recomputes {
                 self.prompt_tokens += planned.count as u64;
                 live.prefilled += planned.count;
@@ -405,31 +485,45 @@ impl Engine {
                     }
                     continue;
                 }
-                Wanted::Logits => {}
+                Wanted::Logits | Wanted::LogitsOfAll => {}
             }
-            let row = self.logits.row(rows);
-            rows += 1;
-            match sequence.generate(row, &mut self.sampler) {
-                Ok(token) => {
-                    self.generated_tokens += 1;
-                    live.completion_tokens += 1;
-                    if let Some(finish) = sequence.finish() {
-                        live.finish[sequence.choice as usize] = Some(finish);
-                        live.open -= 1;
-                        live.permit.shrink_to(live.open);
+            let first = rows;
+            rows += planned.rows();
+            for i in 0..planned.rows() {
+                let token = match sequence.generate(self.logits.row(first + i), &mut self.sampler) {
+                    Ok(token) => token,
+                    Err(error) => {
+                        failures.push((id, error));
+                        break;
                     }
-                    outputs.push((
-                        id,
-                        Output::Token {
-                            choice: sequence.choice,
-                            index: token.index,
-                            id: token.id,
-                            piece: token.piece,
-                            logprobs: token.logprobs,
-                        },
-                    ));
+                };
+                self.generated_tokens += 1;
+                live.completion_tokens += 1;
+                if let Some(finish) = sequence.finish() {
+                    live.finish[sequence.choice as usize] = Some(finish);
+                    live.open -= 1;
+                    live.permit.shrink_to(live.open);
                 }
-                Err(error) => failures.push((id, error)),
+                let right = sequence.meets(i, token.id);
+                outputs.push((
+                    id,
+                    Output::Token {
+                        choice: sequence.choice,
+                        index: token.index,
+                        id: token.id,
+                        piece: token.piece,
+                        logprobs: token.logprobs,
+                    },
+                ));
+                // The next row is that of the next token only where this one is the one that it was computed with.
+                if i == planned.drafted() || !right {
+                    break;
+                }
+                self.accepted_tokens += 1;
+                if sequence.finish().is_some() {
+                    break;
+                }
+                sequence.advance(1, self.limits.block_size);
             }
         }
         for (id, error) in failures {
@@ -458,7 +552,9 @@ impl Engine {
             Reading::Whole => self.plan.len() > 1,
         };
         if cuts {
-            self.budget = tokens / 2;
+            // Guesses can be left out without anybody having to wait.
+            let drafted = self.plan.iter().any(|planned| planned.drafted() > 0);
+            self.budget = (tokens / 2).max(if drafted { self.plan.len() } else { 1 });
         } else if let Some(planned) = self.plan.first() {
             let id = self.running[planned.sequence].request;
             self.end(id, Ending::Failed(EngineError::OutOfMemory(reason)), outputs);

@@ -7,7 +7,7 @@
 //!
 //! Invariants
 //! - The tokens of a request are a function of the request and the model alone: not of what else is in
-//!   the batch, how prompts are cut, who was cancelled, or where the request was resumed.
+//!   the batch, how prompts are cut, which tokens were guessed, who was cancelled, or where the request was resumed.
 //! - Every accepted request ends in exactly one [`Output::Done`] or [`Output::Failed`].
 //! - KV blocks are reserved for the whole of a sequence before its first token is computed, and are free
 //!   again within one step of its end, whatever ended it.
@@ -21,6 +21,7 @@ mod gate;
 pub mod handle;
 pub mod kv;
 mod logits;
+mod lookup;
 pub mod pace;
 mod random;
 mod request;
@@ -29,6 +30,7 @@ pub mod sampling;
 mod schedule;
 mod sequence;
 pub mod sim;
+mod speculation;
 
 pub use engine::{Engine, EngineConfig, EngineStats};
 pub use error::{EngineError, Overloaded};
@@ -38,3 +40,4 @@ pub use request::{
 };
 pub use runner::{ModelLimits, ModelRunner, Reading, Regime, RunnerError, StepCounter, TokenId};
 pub use sampling::Sampling;
+pub use speculation::Speculation;

@@ -74,10 +74,23 @@ pub enum Wanted {
     Nothing,
     /// The logits of the last token.
     Logits,
+    /// The logits of every token: all but the first are guesses, and those before each say whether it was right.
+    LogitsOfAll,
     /// The hidden state of every token, after the last norm.
     Hidden,
     /// The embedding of the chunk, which is a whole text, as the model makes one: in the place of a single hidden state.
     Embedding,
+}
+
+impl Wanted {
+    /// Rows of logits that come of a chunk of so many tokens.
+    pub fn rows(self, tokens: usize) -> usize {
+        match self {
+            Self::Logits => 1,
+            Self::LogitsOfAll => tokens,
+            Self::Nothing | Self::Hidden | Self::Embedding => 0,
+        }
+    }
 }
 
 /// The input of one step. No sequence appears twice.
@@ -92,8 +105,8 @@ pub trait Storage: DerefMut<Target = [f32]> + Send {}
 
 impl<T: DerefMut<Target = [f32]> + Send> Storage for T {}
 
-/// The output of one step: one row of `vocab` f32 per chunk that wanted logits, in chunk order, and the hidden states of the
-/// chunks that wanted those. The buffers are kept between steps.
+/// The output of one step: one row of `vocab` f32 per chunk that wanted logits, or per token of it, in order, and the hidden
+/// states of the chunks that wanted those. The buffers are kept between steps.
 pub struct Logits {
     vocab: usize,
     rows: usize,
@@ -183,8 +196,8 @@ pub trait ModelRunner: Send {
     }
 
     /// Runs one forward pass: writes the K and V of every token of every chunk into its block, then
-    /// leaves one logits row per chunk that wants it, and the hidden states that are wanted, in `logits`
-    /// (which it resizes).
+    /// leaves the logits rows and the hidden states that are wanted in `logits` (which it resizes). Positions after a
+    /// guess that was wrong are written again before anything that came after them is read.
     ///
     /// # Errors
     /// [`RunnerError::OutOfMemory`] where the same batch in smaller pieces may work,

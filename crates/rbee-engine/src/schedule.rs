@@ -19,8 +19,18 @@ impl Planned {
         match self.wanted {
             Wanted::Hidden => self.count,
             Wanted::Embedding => 1,
-            Wanted::Nothing | Wanted::Logits => 0,
+            Wanted::Nothing | Wanted::Logits | Wanted::LogitsOfAll => 0,
         }
+    }
+
+    /// Rows of logits that come of it.
+    pub(crate) fn rows(&self) -> usize {
+        self.wanted.rows(self.count)
+    }
+
+    /// Its tokens that are guesses.
+    pub(crate) fn drafted(&self) -> usize {
+        if self.wanted == Wanted::LogitsOfAll { self.count - 1 } else { 0 }
     }
 }
 

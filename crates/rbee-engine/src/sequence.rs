@@ -11,6 +11,7 @@ use std::sync::Arc;
 use crate::error::EngineError;
 use crate::kv::block_pool::{Before, BlockPool, Blocks, Root};
 use crate::logits::{History, Masks};
+use crate::lookup::{LONGEST, Lookup};
 use crate::request::{Choice, Constraint, Finish, Goal, OutputText, Piece, Pushed, RequestId, Spec, TokenLogprobs};
 use crate::runner::{BlockId, Reading, TokenId, Wanted};
 use crate::sampling::{Draw, Sampler};
@@ -37,6 +38,7 @@ pub(crate) struct Sequence {
     history: History,
     text: Box<dyn OutputText>,
     constraint: Option<Box<dyn Constraint>>,
+    lookup: Lookup,
     /// The sum of the hidden states so far, of a sequence that is to become an embedding. One row after the other is added, so that
     /// it does not depend on how the prompt was cut.
     pooled: Vec<f64>,
@@ -77,6 +79,7 @@ impl Sequence {
             history: History::new(&spec.sampling, prompt),
             text,
             constraint,
+            lookup: Lookup::default(),
             pooled: Vec::new(),
             finish: None,
         };
@@ -144,6 +147,7 @@ impl Sequence {
     /// Gives all blocks back, to be computed again.
     pub(crate) fn preempt(&mut self) {
         self.blocks = None;
+        self.lookup.forget();
         self.contents.clear();
         self.pooled.clear();
         self.computed = 0;
@@ -161,9 +165,29 @@ impl Sequence {
         self.blocks.as_ref().map_or(&[], |blocks| &blocks.ids()[..positions.div_ceil(size)])
     }
 
-    /// The next `count` tokens to compute and the position of the first.
+    /// The next `count` tokens to compute and the position of the first; those beyond the pending ones are drafted.
     pub(crate) fn chunk(&self, count: usize) -> (&[TokenId], usize) {
-        (&self.tokens[self.computed..self.computed + count], self.computed)
+        let tokens = self.tokens[self.computed..].get(..count).unwrap_or_else(|| self.lookup.ahead(count));
+        (tokens, self.computed)
+    }
+
+    /// Looks for a draft, while it decodes: no longer than what may still come. How likely each of its tokens is.
+    pub(crate) fn draft(&mut self) -> impl Iterator<Item = f32> + use<> {
+        let end = self.spec.prompt_tokens + self.spec.max_tokens;
+        // The last token of all is never computed.
+        let most = (end - self.tokens.len() - 1).min(LONGEST);
+        self.lookup.draft(&self.tokens, most, end);
+        self.lookup.odds()
+    }
+
+    /// No draft any more.
+    pub(crate) fn forget_draft(&mut self) {
+        self.lookup.forget();
+    }
+
+    /// Whether the token just generated is token `i` of the draft, all before it having been.
+    pub(crate) fn meets(&mut self, i: usize, id: TokenId) -> bool {
+        self.lookup.meets(i, id)
     }
 
     /// `count` more tokens are in the KV; blocks that are full now can be found by others.

@@ -7,7 +7,7 @@
 
 use crate::request::{OutputText, Piece, Pushed};
 use crate::runner::{
-    BlockId, Logits, ModelLimits, ModelRunner, Reading, RunnerError, StepBatch, StepCounter, TokenId, Wanted,
+    BlockId, Chunk, Logits, ModelLimits, ModelRunner, Reading, RunnerError, StepBatch, StepCounter, TokenId, Wanted,
 };
 
 /// The end-of-sequence id.
@@ -47,9 +47,9 @@ pub enum Shape {
 /// What one step has to pay for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Work {
-    /// Tokens in chunks of more than one.
+    /// Tokens of prompts: in chunks of more than one.
     pub prefill_tokens: usize,
-    /// Chunks of one token.
+    /// Chunks of one token, and tokens in chunks with guesses.
     pub decode_tokens: usize,
 }
 
@@ -192,9 +192,9 @@ impl ModelRunner for SimRunner {
     fn step(&mut self, batch: &StepBatch<'_>, logits: &mut Logits) -> Result<(), RunnerError> {
         let mut work = Work::default();
         for chunk in &batch.chunks {
-            match chunk.tokens.len() {
-                1 => work.decode_tokens += 1,
-                n => work.prefill_tokens += n,
+            match (chunk.tokens.len(), chunk.wanted) {
+                (n @ 1, _) | (n, Wanted::LogitsOfAll) => work.decode_tokens += n,
+                (n, _) => work.prefill_tokens += n,
             }
         }
         (self.pace)(work);
@@ -204,16 +204,21 @@ impl ModelRunner for SimRunner {
                 self.kv[place] = Some(*id);
             }
         }
-        let wanted = batch.chunks.iter().filter(|chunk| chunk.wanted == Wanted::Logits);
-        logits.resize(wanted.clone().count(), self.limits.vocab);
-        for (row, chunk) in wanted.enumerate() {
+        let wanted = |chunk: &Chunk<'_>| chunk.wanted.rows(chunk.tokens.len());
+        logits.resize(batch.chunks.iter().map(wanted).sum(), self.limits.vocab);
+        let mut row = 0;
+        for chunk in batch.chunks.iter().filter(|chunk| wanted(chunk) > 0) {
             let mut hash = self.model.fold([]);
-            for position in 0..chunk.start + chunk.tokens.len() {
+            let end = chunk.start + chunk.tokens.len();
+            for position in 0..end {
                 let id = self.kv[self.place(chunk.blocks, position)?];
                 let id = id.ok_or_else(|| RunnerError::Forward(format!("position {position} was never written")))?;
                 hash = mix(hash, u64::from(id));
+                if position + wanted(chunk) >= end {
+                    self.model.fill(hash, logits.row_mut(row));
+                    row += 1;
+                }
             }
-            self.model.fill(hash, logits.row_mut(row));
         }
         let embedded = batch.chunks.iter().filter(|chunk| chunk.wanted == Wanted::Hidden);
         let rows = embedded.clone().map(|chunk| chunk.tokens.len()).sum();

@@ -196,6 +196,7 @@ impl ModelRunner for CpuRunner {
                 // A decoder makes no embedding of its own; `check` refuses it.
                 Wanted::Nothing | Wanted::Embedding => {}
                 Wanted::Logits => wanted.push(row - 1),
+                Wanted::LogitsOfAll => wanted.extend(first..row),
                 Wanted::Hidden => states.extend(first..row),
             }
         }

@@ -245,7 +245,7 @@ fn watched(config: EngineConfig) -> (Engine, Steps) {
 
 #[test]
 fn running_streams_go_first_then_the_oldest_prompt_and_the_shortest() {
-    let config = EngineConfig { slots: 3, step_tokens: 10, prefill_chunk: 8, queue: 0 };
+    let config = EngineConfig { slots: 3, step_tokens: 10, prefill_chunk: 8, queue: 0, ..CONFIG };
     let (mut engine, seen) = watched(config);
     let mut outputs = Vec::new();
     engine.submit(request(&[1; 2], 9)).unwrap();
@@ -268,7 +268,7 @@ fn running_streams_go_first_then_the_oldest_prompt_and_the_shortest() {
 
 #[test]
 fn prompts_join_running_streams_in_pieces_that_hardly_stretch_a_step() {
-    let config = EngineConfig { slots: 2, step_tokens: 200, prefill_chunk: 100, queue: 0 };
+    let config = EngineConfig { slots: 2, step_tokens: 200, prefill_chunk: 100, queue: 0, ..CONFIG };
     let (mut engine, seen) = watched(config);
     let ms = std::time::Duration::from_millis;
     let mut outputs = Vec::new();

@@ -49,7 +49,7 @@ fn is_free(handle: &EngineHandle) -> bool {
 
 #[tokio::test]
 async fn requests_join_and_each_gets_its_own_tokens() {
-    let handle = start(EngineConfig { slots: 8, step_tokens: 64, prefill_chunk: 16, queue: 56 }, |_| {});
+    let handle = start(EngineConfig { slots: 8, step_tokens: 64, prefill_chunk: 16, queue: 56, ..CONFIG }, |_| {});
     let mut tasks = Vec::new();
     for i in 1..=64u32 {
         let handle = handle.clone();

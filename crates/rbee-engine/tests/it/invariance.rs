@@ -1,5 +1,9 @@
 //! The tokens of a request are a function of the request alone, whatever happens around it.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
 use proptest::prelude::*;
 use rbee_engine::sim::Shape;
 
@@ -57,6 +61,17 @@ fn case() -> impl Strategy<Value = Case> {
             if filtered { filters } else { plain }
         },
     );
+    // Three words are all that comes: what follows is easily guessed, and often wrongly.
+    let repeating =
+        (any::<u64>(), prop_oneof![Just(0.0f32), Just(0.5), Just(2.0)], prop_oneof![Just(1.0f32), Just(1.02)])
+            .prop_map(|(seed, temperature, repetition_penalty)| Sampling {
+                seed,
+                temperature,
+                repetition_penalty,
+                logit_bias: vec![(300, 60.0), (301, 60.0), (302, 60.0)],
+                ..Sampling::default()
+            });
+    let sampling = prop_oneof![2 => sampling, 1 => repeating];
     let stop = prop::option::of(prop_oneof![Just("na ".to_owned()), Just("bo".to_owned()), Just("e zi".to_owned())]);
     (
         // Many begin alike.
@@ -64,8 +79,9 @@ fn case() -> impl Strategy<Value = Case> {
             prop::collection::vec(1u32..256, 1..24),
             (1usize..24, prop::collection::vec(1u32..3, 0..4))
                 .prop_map(|(shared, rest)| { (1..=shared as u32).chain(rest).collect() }),
+            prop::collection::vec(300u32..303, 1..24),
         ],
-        1usize..20,
+        prop_oneof![1usize..20, 20usize..60],
         sampling,
         stop,
         1usize..4,
@@ -100,9 +116,10 @@ proptest! {
         shape in prop_oneof![Just(Shape::Peaked), Just(Shape::Spread)],
         (slots, spare, prefill_chunk, block_size) in (1usize..5, 0usize..12, 1usize..12, 1usize..7),
         (extra_blocks, memory) in (0usize..60, 1usize..40),
+        (speculation, row_ms) in (prop_oneof![Just(Speculation::Always), Just(Speculation::Measured)], 0u64..8),
     ) {
         let model = SimModel { shape, eos_every: Some(15), ..SimModel::default() };
-        let big = EngineConfig { slots: 8, step_tokens: 512, prefill_chunk: 512, queue: 0 };
+        let big = EngineConfig { slots: 8, step_tokens: 512, prefill_chunk: 512, queue: 0, speculation: Speculation::Off };
         let alone: Vec<Vec<Output>> =
             cases.iter().map(|case| answer(&mut engine(model, 256, big), case.request(|_| Vec::new()))).collect();
         if shape == Shape::Peaked {
@@ -116,11 +133,14 @@ proptest! {
         }
 
         // The engine under test: little room, and a device that runs out of memory now and then.
-        let config = EngineConfig { slots, step_tokens: slots + spare, prefill_chunk, queue: 64 };
+        let config = EngineConfig { slots, step_tokens: slots + spare, prefill_chunk, queue: 64, speculation };
         let need = cases.iter().map(|c| (c.prompt.len() + c.max_tokens).div_ceil(block_size)).max().unwrap();
         let inner = SimRunner::new(model, 256, block_size, need + extra_blocks, StepCounter::default(), Box::new(|_| {}));
+        let rows = Arc::new(AtomicU64::new(0));
+        let counted = Arc::clone(&rows);
         let hook: Hook = Box::new(move |batch, _| {
             let tokens: usize = batch.chunks.iter().map(|c| c.tokens.len()).sum();
+            counted.store(tokens as u64, Ordering::Relaxed);
             if tokens > memory { Err(RunnerError::OutOfMemory(String::new())) } else { Ok(()) }
         });
         let mut engine = Engine::new(Box::new(Hooked { runner: inner, hook }), config).unwrap();
@@ -141,6 +161,7 @@ proptest! {
                 }
             }
             engine.step(&mut outputs);
+            engine.took(Duration::from_millis(8 + row_ms * rows.load(Ordering::Relaxed)));
             if step > 70 && !engine.has_work() {
                 break;
             }

@@ -5,6 +5,7 @@ mod constraint;
 mod engine;
 mod handle;
 mod invariance;
+mod speculation;
 mod whole;
 
 use std::collections::BTreeMap;
@@ -13,10 +14,11 @@ use rbee_engine::runner::{Logits, StepBatch};
 use rbee_engine::sim::{SimModel, SimRunner, word};
 use rbee_engine::{
     Choice, Constraint, Engine, EngineConfig, Goal, ModelLimits, ModelRunner, Output, OutputText, Piece, Pushed,
-    Request, RequestId, RunnerError, Sampling, StepCounter, TokenId,
+    Request, RequestId, RunnerError, Sampling, Speculation, StepCounter, TokenId,
 };
 
-const CONFIG: EngineConfig = EngineConfig { slots: 4, step_tokens: 32, prefill_chunk: 8, queue: 8 };
+const CONFIG: EngineConfig =
+    EngineConfig { slots: 4, step_tokens: 32, prefill_chunk: 8, queue: 8, speculation: Speculation::Measured };
 
 /// Looks at a batch before it runs, and at its logits after.
 type Hook = Box<dyn FnMut(&StepBatch<'_>, Option<&mut Logits>) -> Result<(), RunnerError> + Send>;

@@ -198,7 +198,7 @@ impl GpuDecoder {
         match pass.wanted {
             Wanted::Nothing | Wanted::Embedding => Ok(()),
             Wanted::Hidden => self.norm.states(gpu, &s.x, rows, &mut s.y),
-            Wanted::Logits => {
+            Wanted::Logits | Wanted::LogitsOfAll => {
                 let picks = rows.picks();
                 self.norm.picked(gpu, &s.x, rows, &mut s.normed)?;
                 let head = self.head.as_ref().unwrap_or(&self.embedding);

@@ -186,6 +186,25 @@ impl Piece<'_> {
     }
 }
 
+/// Guesses as chunks of one token each: K and V of all rows of a step are written before any of them are read, so that they are
+/// steps of decoding, which are recorded.
+fn singly<'a>(chunks: &[Chunk<'a>]) -> Vec<Chunk<'a>> {
+    let single = |chunk: &Chunk<'a>| {
+        let chunk = *chunk;
+        let singles = (chunk.wanted == Wanted::LogitsOfAll).then(|| {
+            (0..).zip(chunk.tokens.chunks(1)).map(move |(i, tokens)| Chunk {
+                tokens,
+                start: chunk.start + i,
+                wanted: Wanted::Logits,
+                ..chunk
+            })
+        });
+        let whole = (chunk.wanted != Wanted::LogitsOfAll).then_some(chunk);
+        singles.into_iter().flatten().chain(whole)
+    };
+    chunks.iter().flat_map(single).collect()
+}
+
 /// Cuts a batch into steps of at most so many rows and sequences. What has hidden states wanted shares a step only with its like.
 fn cut<'a>(chunks: &[Chunk<'a>], room: Room) -> Vec<Vec<Piece<'a>>> {
     let mut steps: Vec<Vec<Piece<'a>>> = Vec::new();
@@ -267,7 +286,7 @@ impl CudaRunner {
                     shift: if piece.chunk.regime == Regime::Long { self.limits.context } else { 0 },
                     picked: match piece.wanted() {
                         Wanted::Nothing | Wanted::Embedding => Picked::None,
-                        Wanted::Logits => Picked::Last,
+                        Wanted::Logits | Wanted::LogitsOfAll => Picked::Last,
                         Wanted::Hidden => Picked::All,
                     },
                 }
@@ -299,12 +318,13 @@ impl CudaRunner {
     fn compute(&mut self, batch: &StepBatch<'_>, logits: &mut Logits) -> Result<(), GpuError> {
         self.gpu.bind()?;
         let (vocab, hidden) = (self.limits.vocab, self.config.hidden);
-        let of = |wanted: Wanted| batch.chunks.iter().filter(move |chunk| chunk.wanted == wanted);
+        let chunks = singly(&batch.chunks);
+        let of = |wanted: Wanted| chunks.iter().filter(move |chunk| chunk.wanted == wanted);
         let states: usize = of(Wanted::Hidden).map(|chunk| chunk.tokens.len()).sum();
         logits.hidden_mut(states, hidden);
         logits.resize(of(Wanted::Logits).count(), vocab);
         let (mut row, mut state) = (0, 0);
-        for pieces in cut(&batch.chunks, self.room) {
+        for pieces in cut(&chunks, self.room) {
             let count = |wanted: Wanted| pieces.iter().filter(move |piece| piece.wanted() == wanted);
             let rows = count(Wanted::Logits).count();
             let states_here: usize = count(Wanted::Hidden).map(|piece| piece.to - piece.from).sum();
@@ -380,5 +400,16 @@ mod tests {
             shapes(&[(5, Logits), (10, Hidden), (1, Hidden), (2, Nothing)], 8, 4),
             [(5, 1, vec![Logits]), (8, 1, vec![Hidden]), (3, 2, vec![Hidden, Hidden]), (2, 1, vec![Nothing])]
         );
+    }
+
+    #[test]
+    fn guesses_are_rows_of_their_own() {
+        let tokens = [4, 5, 6];
+        let guessed =
+            Chunk { tokens: &tokens, start: 7, blocks: &[], regime: Regime::Long, wanted: Wanted::LogitsOfAll };
+        let chunks = singly(&[Chunk { wanted: Wanted::Logits, ..guessed }, guessed]);
+        let rows: Vec<_> = chunks.iter().map(|c| (c.tokens, c.start, c.regime, c.wanted)).collect();
+        let single = |i: usize| (&tokens[i..=i], 7 + i, Regime::Long, Wanted::Logits);
+        assert_eq!(rows, [(&tokens[..], 7, Regime::Long, Wanted::Logits), single(0), single(1), single(2)]);
     }
 }

@@ -49,6 +49,31 @@ proptest! {
         let last = chunks.len() - 1;
         other.step(&StepBatch { chunks }, &mut out).unwrap();
         prop_assert!(out.row(last) == want, "beside others");
+
+        // Its last tokens in one chunk, each with its logits wanted, beside others'.
+        let from = len - len.min(9);
+        let mut chunks = vec![Chunk {
+            tokens: &tokens[from..],
+            start: from,
+            blocks: &own,
+            regime: Regime::Usual,
+            wanted: Wanted::LogitsOfAll,
+        }];
+        chunks.extend(rest.iter().map(|(tokens, blocks)| Chunk {
+            tokens,
+            start: 0,
+            blocks,
+            regime: Regime::Usual,
+            wanted: Wanted::Logits,
+        }));
+        let others = chunks.len() - 1;
+        other.step(&StepBatch { chunks }, &mut out).unwrap();
+        prop_assert_eq!(out.rows(), len - from + others);
+        prop_assert!(out.row(len - from - 1) == want, "the last of a chunk");
+        for (row, end) in (from + 1..len).enumerate() {
+            let want = logits(&mut other, &tokens[..end], &[], &blocks(300, 2, end));
+            prop_assert!(out.row(row) == want, "token {} of a chunk", row);
+        }
     }
 }
 

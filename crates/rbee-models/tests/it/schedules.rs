@@ -1,12 +1,13 @@
 //! What a request gets is a function of the request alone, for every architecture: whatever else runs, in whatever pieces its
 //! prompt is computed, on however many threads, with its prefix in the cache or not, preempted or not, from its beginning or
-//! continued from tokens that another runner gave.
+//! continued from tokens that another runner gave, with guessed tokens and without.
 
 use std::path::Path;
 
 use proptest::prelude::*;
 use rbee_engine::{
-    Choice, Engine, EngineConfig, Goal, Output, OutputText, Piece, Pushed, Request, RequestId, Sampling, TokenId,
+    Choice, Engine, EngineConfig, Goal, Output, OutputText, Piece, Pushed, Request, RequestId, Sampling, Speculation,
+    TokenId,
 };
 use rbee_models::{KvType, ModelFiles, Quantize, RunnerOptions, inspect};
 
@@ -83,8 +84,8 @@ fn case() -> impl Strategy<Value = Case> {
     )
 }
 
-fn engine(fixture: &Path, options: &RunnerOptions, slots: usize, chunk: usize) -> Engine {
-    let config = EngineConfig { slots, step_tokens: slots + chunk, prefill_chunk: chunk, queue: 64 };
+fn engine(fixture: &Path, options: &RunnerOptions, slots: usize, chunk: usize, speculation: Speculation) -> Engine {
+    let config = EngineConfig { slots, step_tokens: slots + chunk, prefill_chunk: chunk, queue: 64, speculation };
     Engine::new(Box::new(runner(fixture, options)), config).unwrap()
 }
 
@@ -118,15 +119,16 @@ struct Setting {
     isa: Option<&'static str>,
 }
 
-/// Runs the cases alone and together on every fixture; gives the preemptions and the prompt tokens found in the cache.
-fn check(cases: &[Case], setting: &Setting) -> Result<(u64, u64), TestCaseError> {
-    let (mut preemptions, mut hits) = (0, 0);
+/// Runs the cases alone and together on every fixture, together with guesses; gives what the engines counted: preemptions, prompt
+/// tokens found in the cache, tokens guessed and those of them that were right.
+fn check(cases: &[Case], setting: &Setting) -> Result<[u64; 4], TestCaseError> {
+    let mut counted = [0; 4];
     for fixture in all() {
         let plain =
             RunnerOptions { context: Some(CONTEXT), quantize: setting.quantize, slots: 8, ..with_kv(setting.kv) };
         // Each in an engine of its own, in one piece.
         let alone = |case: &Case| -> Vec<Vec<(TokenId, String)>> {
-            let mut engine = engine(&fixture, &plain, 8, 512);
+            let mut engine = engine(&fixture, &plain, 8, 512, Speculation::Off);
             let id = engine.submit(case.request(|_| Vec::new())).unwrap();
             let mut outputs = Vec::new();
             while engine.has_work() {
@@ -141,7 +143,7 @@ fn check(cases: &[Case], setting: &Setting) -> Result<(u64, u64), TestCaseError>
         let needs = inspect(&ModelFiles::folder(&fixture).unwrap(), &options).unwrap();
         let kv_bytes = Some(needs.kv_per_token * (CONTEXT + 16 * setting.blocks) as u64);
         let options = RunnerOptions { kv_bytes, ..options };
-        let mut engine = engine(&fixture, &options, setting.slots, setting.chunk);
+        let mut engine = engine(&fixture, &options, setting.slots, setting.chunk, Speculation::Always);
         let mut sent: Vec<Option<RequestId>> = vec![None; cases.len()];
         let mut outputs = Vec::new();
         let last = cases.iter().map(|case| case.arrival).max().unwrap_or(0);
@@ -159,8 +161,9 @@ fn check(cases: &[Case], setting: &Setting) -> Result<(u64, u64), TestCaseError>
                 break;
             }
         }
-        preemptions += engine.stats().preemptions;
-        hits += engine.stats().prefix_hits;
+        let stats = engine.stats();
+        let here = [stats.preemptions, stats.prefix_hits, stats.drafted_tokens, stats.accepted_tokens];
+        counted.iter_mut().zip(here).for_each(|(all, here)| *all += here);
         for (i, case) in cases.iter().enumerate() {
             let id = sent[i].unwrap();
             prop_assert!(ends_well(&outputs, id), "{}: case {i}", fixture.display());
@@ -171,7 +174,7 @@ fn check(cases: &[Case], setting: &Setting) -> Result<(u64, u64), TestCaseError>
             }
         }
     }
-    Ok((preemptions, hits))
+    Ok(counted)
 }
 
 proptest! {
@@ -203,6 +206,34 @@ fn preempted_and_cached_prompts_give_the_same_answers() {
     };
     let cases: Vec<Case> = (0..4).map(case).collect();
     let setting = Setting { slots: 4, chunk: 64, threads: 2, blocks: 0, kv: KvType::Bf16, quantize: None, isa: None };
-    let (preemptions, hits) = check(&cases, &setting).unwrap();
+    let [preemptions, hits, ..] = check(&cases, &setting).unwrap();
     assert!(preemptions > 0 && hits > 0, "{preemptions} preemptions, {hits} tokens from the cache");
+}
+
+/// Answers of a few words, as they are likely to repeat what was said, often and not always.
+#[test]
+fn guessed_tokens_are_those_that_would_have_come() {
+    let case = |i: usize| Case {
+        prompt: (0..30).map(|at| 40 + at % (3 + i as u32)).collect(),
+        max_tokens: 40,
+        sampling: Sampling {
+            seed: i as u64,
+            temperature: [0.0, 0.3, 1.0][i],
+            logit_bias: (40..43).map(|id| (id, 1000.0)).collect(),
+            ..Sampling::default()
+        },
+        choices: 1 + i % 2,
+        resume: 0,
+        arrival: i,
+    };
+    let cases: Vec<Case> = (0..3).map(case).collect();
+    for (kv, quantize, isa) in [
+        (KvType::Bf16, None, None),
+        (KvType::Q8_0, Some(Quantize::Q8_0), Some("avx2")),
+        (KvType::F32, None, Some("scalar")),
+    ] {
+        let setting = Setting { slots: 4, chunk: 64, threads: 2, blocks: 9, kv, quantize, isa };
+        let [_, _, drafted, accepted] = check(&cases, &setting).unwrap();
+        assert!(accepted > 100 && drafted > accepted + 100, "{accepted} of {drafted} were right");
+    }
 }
