@@ -1,7 +1,8 @@
 //! Drafts: what probably comes next in a text, because it came there before.
 //!
 //! The longest of a few lengths of the text's end that occurred before is looked up, and what followed it then is the draft
-//! ("prompt lookup decoding", Saxena 2023, with the output looked at too). A draft is a guess: whoever uses it checks
+//! ("prompt lookup decoding", Saxena 2023, with the output looked at too). Where a text leaves what it repeats, it is likely to
+//! come back to it as many tokens later, as code does in which a name is another one: for a few tokens the draft goes on there. A draft is a guess: whoever uses it checks
 //! every token, so that what is lost here, to a hash that two stretches share or for want of room, costs time and nothing else.
 
 use crate::runner::TokenId;
@@ -9,8 +10,14 @@ use crate::runner::TokenId;
 /// Lengths of an end that are looked up, ascending.
 const LENGTHS: [usize; 3] = [2, 4, 8];
 
-/// How often drafts are right while nothing is known, after a match of each of the [`LENGTHS`].
-const UNKNOWN: [f32; 3] = [0.4, 0.6, 0.8];
+/// In the place of a length: no match, but where the last one would go on.
+const KEPT: usize = LENGTHS.len();
+
+/// How often drafts are right while nothing is known, after a match of each of the [`LENGTHS`] and of those that are kept.
+const UNKNOWN: [f32; 4] = [0.4, 0.6, 0.8, 0.5];
+
+/// Wrong tokens in a row after which a match is kept no longer.
+const STRAYED: u32 = 3;
 
 /// Weight of the newest token in how often drafts are right.
 const NEWEST: f32 = 0.125;
@@ -33,8 +40,12 @@ pub(crate) struct Lookup {
     ahead: Vec<TokenId>,
     /// Which of the lengths matched.
     length: usize,
+    /// How far before the draft's place in the text what it repeats stands; 0 for nowhere.
+    distance: usize,
+    /// Wrong tokens in a row.
+    strayed: u32,
     /// How often, of late, a token after a match of each length was the one that came.
-    right: Option<[f32; 3]>,
+    right: Option<[f32; 4]>,
 }
 
 impl Lookup {
@@ -59,8 +70,17 @@ impl Lookup {
             let stretch = tokens.get(from.checked_sub(LENGTHS[length])?..from)?;
             tokens.ends_with(stretch).then_some((length, from))
         });
-        let (Some((length, from)), Some(last)) = (found, tokens.last()) else { return };
+        let kept = (self.distance > 0).then(|| (KEPT, tokens.len() - self.distance));
+        let right = self.right.unwrap_or(UNKNOWN);
+        let better = match (found, kept) {
+            (Some((length, from)), Some((_, kept))) if from != kept && right[length] < right[KEPT] => None,
+            _ => found,
+        };
+        let (Some((length, from)), Some(last)) = (better.or(kept), tokens.last()) else { return };
         self.length = length;
+        if length != KEPT {
+            (self.distance, self.strayed) = (tokens.len() - from, 0);
+        }
         self.ahead.push(*last);
         for at in from..from + most.min(LONGEST) {
             // Where the text ends it goes on with the draft itself: what repeats is assumed to go on.
@@ -93,6 +113,10 @@ impl Lookup {
         let right = *drafted == id;
         let share = &mut self.right.get_or_insert(UNKNOWN)[self.length];
         *share += NEWEST * (f32::from(u8::from(right)) - *share);
+        self.strayed = if right { 0 } else { self.strayed + 1 };
+        if self.strayed == STRAYED {
+            self.distance = 0;
+        }
         right
     }
 
@@ -145,6 +169,20 @@ mod tests {
     }
 
     #[test]
+    fn what_is_repeated_goes_on_after_a_token_that_differs() {
+        let mut lookup = Lookup::default();
+        let mut text = vec![1, 2, 3, 4, 5, 6, 7, 8, 9, 1, 2];
+        let mut drafts = Vec::new();
+        for came in [3, 50, 5, 60, 70, 80, 90, 91] {
+            lookup.draft(&text, 1, 100);
+            drafts.push(lookup.ahead.get(1).copied());
+            lookup.meets(0, came);
+            text.push(came);
+        }
+        assert_eq!(drafts, [Some(3), Some(4), Some(5), Some(6), Some(7), Some(8), None, None]);
+    }
+
+    #[test]
     fn drafts_that_are_wrong_are_expected_to_be_and_forgiven_later() {
         let mut lookup = Lookup::default();
         let text = [1, 2, 3, 1, 2];
@@ -174,6 +212,8 @@ mod tests {
             let mut len = 0;
             for cut in cuts.into_iter().chain([80]) {
                 len = tokens.len().min(len + cut);
+                // Without a match that is kept.
+                lookup.distance = 0;
                 lookup.draft(&tokens[..len], most, 100);
                 let got = lookup.ahead.get(1..).unwrap_or_default();
                 prop_assert_eq!(got, &draft(&tokens[..len], most)[..]);
@@ -190,6 +230,7 @@ mod tests {
             let mut lookup = Lookup::default();
             for len in 1..=tokens.len() {
                 let text = &tokens[..len];
+                lookup.distance = 0;
                 lookup.draft(text, 1, end);
                 if let [last, next] = lookup.ahead[..] {
                     prop_assert_eq!(Some(&last), text.last());

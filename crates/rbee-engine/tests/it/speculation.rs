@@ -79,10 +79,10 @@ fn rows_that_cost_as_much_as_steps_are_hardly_ever_guessed() {
 
 #[test]
 fn guesses_that_are_always_wrong_are_given_up() {
-    // Two tokens that are there again and again, and after them always another one.
-    let (mut engine, rows) = written(CONFIG, |position| match position % 3 {
-        0 => 300,
-        1 => 301,
+    // Two tokens that are there again and again, and after them always others, one more of them than the last time.
+    let (mut engine, rows) = written(CONFIG, |position| match position % 18 {
+        0 | 3 | 7 | 12 => 300,
+        1 | 4 | 8 | 13 => 301,
         _ => 400 + position as TokenId,
     });
     engine.submit(request(&[1], 240)).unwrap();
