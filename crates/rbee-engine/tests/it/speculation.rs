@@ -23,6 +23,7 @@ fn written(config: EngineConfig, token: impl Fn(usize) -> TokenId + Send + 'stat
             let mut row = 0;
             for chunk in &batch.chunks {
                 let (end, wanted) = (chunk.start + chunk.tokens.len(), chunk.wanted.rows(chunk.tokens.len()));
+                assert!(end <= 256, "beyond the context");
                 for position in end - wanted..end {
                     logits.row_mut(row).fill(0.0);
                     logits.row_mut(row)[token(position + 1) as usize] = 1000.0;
@@ -111,6 +112,8 @@ fn an_answer_ends_with_the_token_that_ends_it_though_more_was_guessed() {
         assert!(stats.accepted_tokens > 10);
         assert_eq!(stats.generated_tokens, max_tokens.min(45) as u64);
     }
+    let once = || Request { max_tokens: None, ..request(&[1; 9], 1) };
+    assert_eq!(outputs(ALWAYS, seven, once()).0, outputs(OFF, seven, once()).0, "the whole context");
     for at in 30..38 {
         // After twenty tokens with other words.
         let late = |position: usize| {
