@@ -9,13 +9,15 @@
 mod forms;
 #[path = "support/random_model.rs"]
 mod random_model;
+#[path = "support/speculation.rs"]
+mod speculation;
 
 use std::time::{Duration, Instant};
 
 use rbee_engine::runner::{BlockId, Chunk, Logits, ModelRunner, Regime, StepBatch, Wanted};
 use rbee_engine::{
-    Choice, Engine, EngineConfig, Goal, Output, OutputText, Piece, Pushed, Request, RequestId, Sampling, StepCounter,
-    TokenId,
+    Choice, Engine, EngineConfig, Goal, Output, OutputText, Piece, Pushed, Request, RequestId, Sampling, Speculation,
+    StepCounter, TokenId,
 };
 use rbee_models::{CpuRunner, ModelFiles, RunnerOptions, load};
 
@@ -237,11 +239,24 @@ fn main() {
     if flag("--only").is_none() {
         decode(&mut runner, rounds);
     }
-    let config = EngineConfig { slots: 8, step_tokens: 8 + PREFILL_CHUNK, prefill_chunk: PREFILL_CHUNK, queue: 8 };
+    let config = EngineConfig {
+        slots: 8,
+        step_tokens: 8 + PREFILL_CHUNK,
+        prefill_chunk: PREFILL_CHUNK,
+        queue: 8,
+        // Figures are of steps without; with them, in a table of their own.
+        speculation: Speculation::Off,
+    };
     let mut engine = Engine::new(Box::new(runner), config).unwrap();
-    if flag("--only").is_none_or(|only| only != "forms") {
+    let only = |name: &str| flag("--only").is_none_or(|only| only == name);
+    if only("prefill") {
         prefill(&mut engine, rounds);
         gap(&mut engine);
     }
-    forms::forms(&mut engine, rounds);
+    if only("forms") {
+        forms::forms(&mut engine, rounds);
+    }
+    if only("speculation") {
+        speculation::speculation(&mut engine, rounds);
+    }
 }
