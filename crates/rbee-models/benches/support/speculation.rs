@@ -61,13 +61,13 @@ impl Text {
         let new = |i: usize| (30_000 + (i * 7 + seed * 13) % 1_900) as TokenId;
         let token = |i: usize| match self {
             Self::Edited if i % 16 == 11 => new(i),
-            Self::Quoted if i / 40 % 2 == 0 => new(i),
+            Self::Quoted if (i / 40).is_multiple_of(2) => new(i),
             Self::Misleading if i % 3 == 2 => new(i),
             Self::Misleading => prompt[(i / 3 * 5 + i % 3) % prompt.len()],
             Self::Edited | Self::Quoted => prompt[i % prompt.len()],
             // The second of two is another one each time.
             Self::New => {
-                if i % 2 == 0 {
+                if i.is_multiple_of(2) {
                     prompt[i / 2 % prompt.len()]
                 } else {
                     new(i)
