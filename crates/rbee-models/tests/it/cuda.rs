@@ -139,6 +139,22 @@ fn rows_depend_on_their_own_text_alone_on_the_gpu() {
         assert!(again == want[0], "{}: token by token", fixture.display());
         let again = logits(runner, &texts[1], &[17, 1, 40], &tables[3]);
         assert!(again == want[1], "{}: in chunks", fixture.display());
+        // The last nine as guesses are checked, wrong ones before them: more rows than there are slots.
+        let guesses = |runner: &mut _, tokens: &[u32]| {
+            let mut out = Logits::default();
+            let regime = ModelRunner::regime(runner, 110);
+            let chunk = Chunk { tokens, start: 101, blocks: &tables[3], regime, wanted: Wanted::LogitsOfAll };
+            ModelRunner::step(runner, &StepBatch { chunks: vec![chunk] }, &mut out).unwrap();
+            out
+        };
+        logits(runner, &texts[2][..101], &[], &tables[3]);
+        guesses(runner, &[1; 9]);
+        let out = guesses(runner, &texts[2][101..]);
+        assert!(out.rows() == 9 && out.row(8) == want[2], "{}: after guesses", fixture.display());
+        for (row, end) in (102..110).enumerate() {
+            let want = logits(runner, &texts[2][..end], &[], &tables[3]);
+            assert!(out.row(row) == want, "{}: guess {row}", fixture.display());
+        }
         // All of them decode side by side, and each ends at another time, so that batches of every size are recorded.
         for ends in [[110, 110, 110, 110, 110, 110, 110, 110], [110, 109, 108, 107, 106, 105, 104, 103]] {
             let mut out = Logits::default();
