@@ -17,7 +17,7 @@ use anyhow::{Result, bail};
 
 const USAGE: &str = "usage: cargo xtask bench relay [--streams N] [--tokens N] [--workers N] [--rounds N] | bench start [--times N] | bench api [--rounds N] | bench download [--rounds N] \
      | bench fleet [--workers N] [--hives N] [--models N] [--owners N] [--jobs N] [--events N] [--policy NAME] \
-     | bench engine [--shape 135m|360m|1.1b] [--quantize FORM] [--kv-type T] [--threads N] [--rounds N] \
+     | bench kernels [--rounds N] | bench engine [--shape 135m|360m|1.1b] [--quantize FORM] [--kv-type T] [--threads N] [--rounds N] \
      | bench cpu [--rounds N] [--shape 135m,1.1b,3b] [--types q8_0,q4_k_m,bf16,q4_0] [--threads N,N] [--only prefill,decode,depth,batch,load] [--llama FOLDER]";
 
 /// Runs the bench that the arguments after `bench` name.
@@ -31,7 +31,8 @@ pub fn run(args: &[String]) -> Result<()> {
         Some((name, rest)) if name == "cpu" => cpu::run(&crate::root(), &cpu::Plan::parse(rest)?),
         Some((name, rest)) if name == "download" => download(numbers(rest, [("--rounds", 5)])?[0]),
         Some((name, rest)) if name == "fleet" => fleet::run(&fleet::Plan::parse(rest)?),
-        Some((name, rest)) if name == "engine" => engine::run(rest),
+        Some((name, rest)) if name == "engine" => engine::run("engine", rest),
+        Some((name, rest)) if name == "kernels" => engine::run("products", rest),
         Some((name, rest)) if name == "start" => start::run(numbers(rest, [("--times", 7)])?[0]),
         _ => bail!(USAGE),
     }

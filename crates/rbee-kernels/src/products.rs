@@ -25,11 +25,11 @@ pub(crate) trait Form {
     const SHIFT: i32;
     /// Bytes that a run of a tile takes, its share of the scales included.
     const BYTES: usize;
-    /// Adds the products of `R` rows and one tile in a run to `sums`. `T` tells the forms nothing: see [`Columns::block`].
+    /// Adds the products of `R` rows and `T` tiles in a run to `sums`.
     ///
     /// # Safety
-    /// `tile` points to a tile of `k` inputs that has such a run; `x` to the steps of the rows in this run and `runs` to what is
-    /// known of them; the instruction set of `L` is there.
+    /// `tiles` point to tiles of `k` inputs that have such a run, `x` to the steps of the rows in this run, of which `runs` is
+    /// known; the instruction set of `L` is there.
     unsafe fn run<L: Lanes, const R: usize, const T: usize>(
         tiles: [*const u8; T],
         k: usize,

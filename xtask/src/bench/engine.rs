@@ -1,4 +1,5 @@
-//! The engine over a model of a real shape: a bench program of `rbee-models`, as candle is kept out of here.
+//! The engine over a model of a real shape, and the products alone: bench programs of `rbee-models` and `rbee-kernels`, as candle is
+//! kept out of here.
 
 use std::process::Command;
 
@@ -6,14 +7,14 @@ use anyhow::{Context, Result, bail};
 
 use super::machine::{Busy, describe};
 
-/// Builds and runs it; arguments are its own.
+/// Builds and runs the bench program of a name; arguments are its own.
 ///
 /// # Errors
 /// When it cannot be built or does not end well.
-pub(super) fn run(args: &[String]) -> Result<()> {
+pub(super) fn run(name: &str, args: &[String]) -> Result<()> {
     let cargo = std::env::var("CARGO").unwrap_or_else(|_| "cargo".into());
     // Of the whole workspace, so that dependencies have the features that they were built with already.
-    let build = ["bench", "--locked", "--workspace", "--bench", "engine"];
+    let build = ["bench", "--locked", "--workspace", "--bench", name];
     let built = Command::new(&cargo).args(build).arg("--no-run").status().context("cargo")?;
     if !built.success() {
         bail!("the bench cannot be built");
