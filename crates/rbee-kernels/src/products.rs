@@ -146,6 +146,74 @@ unsafe fn add<L: Lanes>(sum: L, ints: L::Ints, scale: L, of_row: f32) -> L {
     unsafe { ints.floats().fma(scale.fma(L::splat(of_row), L::splat(0.0)), sum) }
 }
 
+/// Adds the products of a group's weights and inputs, of which `x` points to the run's.
+///
+/// # Safety
+/// As [`Form::run`].
+#[inline(always)]
+unsafe fn dot<I: Ints, const R: usize, const T: usize>(
+    ints: &mut [[I; T]; R],
+    w: [I::Line; T],
+    x: [*const i8; R],
+    group: usize,
+) {
+    for (r, ints) in ints.iter_mut().enumerate() {
+        for (ints, w) in ints.iter_mut().zip(w) {
+            // SAFETY: the caller's: a run has so many groups.
+            unsafe { *ints = ints.dot(w, x[r].add(group * GROUP)) };
+        }
+    }
+}
+
+/// Adds a run's whole numbers to the sums where each output has one scale for it, in tiles that begin with scales.
+///
+/// # Safety
+/// As [`Form::run`].
+#[inline(always)]
+unsafe fn add_scaled<L: Lanes, const R: usize, const T: usize>(
+    tiles: [*const u8; T],
+    run: usize,
+    ints: [[L::Ints; T]; R],
+    runs: [Run; R],
+    sums: &mut [[L; T]; R],
+) {
+    for (t, tile) in tiles.iter().enumerate() {
+        // SAFETY: the caller's.
+        unsafe {
+            let scale = halves::<L>(tile.add(run * SCALES));
+            for (r, sums) in sums.iter_mut().enumerate() {
+                sums[t] = add(sums[t], ints[r][t], scale, runs[r].scale);
+            }
+        }
+    }
+}
+
+/// Adds a run's whole numbers to the sums where each output has a scale and a minimum for it: in blocks of Q4_K or Q5_K, that have 16
+/// values of each kind at the beginning, and then 16 of each for every run.
+///
+/// # Safety
+/// As [`Form::run`]; `run` is the run's number in the block.
+#[inline(always)]
+unsafe fn add_scaled_less<L: Lanes, const R: usize, const T: usize>(
+    blocks: [*const u8; T],
+    run: usize,
+    ints: [[L::Ints; T]; R],
+    runs: [Run; R],
+    sums: &mut [[L; T]; R],
+) {
+    for (t, block) in blocks.iter().enumerate() {
+        // SAFETY: the caller's.
+        unsafe {
+            let bits = block.add(HEAD + run * SCALES);
+            let scale = L::load_u8(bits).fma(halves(*block), L::splat(0.0));
+            let min = L::load_u8(bits.add(LANES)).fma(halves(block.add(SCALES)), L::splat(0.0));
+            for (r, sums) in sums.iter_mut().enumerate() {
+                sums[t] = min.fma(L::splat(runs[r].sum), add(sums[t], ints[r][t], scale, runs[r].scale));
+            }
+        }
+    }
+}
+
 impl Form for Q8_0 {
     const SHIFT: i32 = 128;
     const BYTES: usize = SCALES + Q8_0::RUN;
@@ -172,12 +240,27 @@ impl Form for Q8_0 {
                     }
                 }
             }
-            for (t, tile) in tiles.iter().enumerate() {
-                let scale = halves::<L>(tile.add(run * SCALES));
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    sums[t] = add(sums[t], ints[r][t], scale, runs[r].scale);
-                }
-            }
+            add_scaled(tiles, run, ints, runs, sums);
+        }
+    }
+}
+
+/// Adds the products of a run's weights of four bits, which stand at `at` in lines of two groups.
+///
+/// # Safety
+/// As [`Form::run`].
+#[inline(always)]
+unsafe fn four_bits<L: Lanes, const R: usize, const T: usize>(
+    at: [*const u8; T],
+    x: [*const i8; R],
+    ints: &mut [[L::Ints; T]; R],
+) {
+    for pair in 0..RUN / GROUP / 2 {
+        // SAFETY: the caller's.
+        unsafe {
+            let lines = at.map(|at| L::Ints::line(at.add(pair * LINE)));
+            dot(ints, lines.map(|line| L::Ints::low(line)), x, 2 * pair);
+            dot(ints, lines.map(|line| L::Ints::high(line)), x, 2 * pair + 1);
         }
     }
 }
@@ -197,58 +280,11 @@ impl Form for Q4_0 {
     ) {
         // SAFETY: the caller's.
         unsafe {
-            let at = tiles.map(|tile| tile.add(Q4_0::weights(k, run)));
             let begin = |r: usize| L::Ints::splat(runs[r].less[0].wrapping_add(runs[r].less[1]));
             let mut ints: [[L::Ints; T]; R] = std::array::from_fn(|r| [begin(r); T]);
-            four_bits::<L, R, T>(at, x, &mut ints);
-            for (t, tile) in tiles.iter().enumerate() {
-                let scale = halves::<L>(tile.add(run * SCALES));
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    sums[t] = add(sums[t], ints[r][t], scale, runs[r].scale);
-                }
-            }
+            four_bits::<L, R, T>(tiles.map(|tile| tile.add(Q4_0::weights(k, run))), x, &mut ints);
+            add_scaled(tiles, run, ints, runs, sums);
         }
-    }
-}
-
-/// Adds the products of a run's weights of four bits.
-///
-/// # Safety
-/// There are four lines at each of `at`; otherwise as [`Form::run`].
-#[inline(always)]
-unsafe fn four_bits<L: Lanes, const R: usize, const T: usize>(
-    at: [*const u8; T],
-    x: [*const i8; R],
-    ints: &mut [[L::Ints; T]; R],
-) {
-    for pair in 0..RUN / GROUP / 2 {
-        // SAFETY: the caller's.
-        unsafe {
-            let lines = at.map(|at| L::Ints::line(at.add(pair * LINE)));
-            let halves = [lines.map(|line| L::Ints::low(line)), lines.map(|line| L::Ints::high(line))];
-            for (half, w) in halves.into_iter().enumerate() {
-                for (r, ints) in ints.iter_mut().enumerate() {
-                    for (ints, w) in ints.iter_mut().zip(w) {
-                        *ints = ints.dot(w, x[r].add((2 * pair + half) * GROUP));
-                    }
-                }
-            }
-        }
-    }
-}
-
-/// Scales and minima of a run: what whole numbers are multiplied with, and what the sum of the inputs is.
-///
-/// # Safety
-/// `block` points to a block of Q4_K or Q5_K; the instruction set of `L` is there.
-#[inline(always)]
-unsafe fn scale_and_min<L: Lanes>(block: *const u8, run: usize) -> (L, L) {
-    // SAFETY: the caller's: a block begins with 16 values of each kind, and then has 16 of each for every run.
-    unsafe {
-        let bits = block.add(HEAD + run * SCALES);
-        let product =
-            |part: usize| L::load_u8(bits.add(part * LANES)).fma(halves(block.add(part * SCALES)), L::splat(0.0));
-        (product(0), product(1))
     }
 }
 
@@ -270,12 +306,7 @@ impl Form for Q4K {
             let blocks = tiles.map(|tile| tile.add(run / 8 * Q4K::BLOCK));
             let mut ints = [[L::Ints::splat(0); T]; R];
             four_bits::<L, R, T>(blocks.map(|block| block.add(Q4K::weights(run % 8))), x, &mut ints);
-            for (t, block) in blocks.iter().enumerate() {
-                let (scale, min) = scale_and_min::<L>(*block, run % 8);
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    sums[t] = min.fma(L::splat(runs[r].sum), add(sums[t], ints[r][t], scale, runs[r].scale));
-                }
-            }
+            add_scaled_less(blocks, run % 8, ints, runs, sums);
         }
     }
 }
@@ -300,28 +331,17 @@ impl Form for Q5K {
             // One line has the fifth bits of the run: bit g of a byte is of group g.
             let fifths = at.map(|at| L::Ints::line(at.add(RUN / GROUP / 2 * LINE)));
             let mut ints = [[L::Ints::splat(0); T]; R];
-            for pair in 0..RUN / GROUP / 2 {
-                let lines = at.map(|at| L::Ints::line(at.add(pair * LINE)));
-                for half in 0..2 {
-                    let group = 2 * pair + half;
-                    let mut w = fifths;
-                    for (w, line) in w.iter_mut().zip(lines) {
-                        let four = if half == 0 { L::Ints::low(line) } else { L::Ints::high(line) };
-                        *w = L::Ints::fifth(four, *w, group);
-                    }
-                    for (r, ints) in ints.iter_mut().enumerate() {
-                        for (ints, w) in ints.iter_mut().zip(w) {
-                            *ints = ints.dot(w, x[r].add(group * GROUP));
-                        }
-                    }
+            for group in 0..RUN / GROUP {
+                // Filled in a loop: a closure as long as this is not compiled into the kernel.
+                let mut w = fifths;
+                for (w, at) in w.iter_mut().zip(at) {
+                    let line = L::Ints::line(at.add(group / 2 * LINE));
+                    let four = if group % 2 == 0 { L::Ints::low(line) } else { L::Ints::high(line) };
+                    *w = L::Ints::fifth(four, *w, group);
                 }
+                dot(&mut ints, w, x, group);
             }
-            for (t, block) in blocks.iter().enumerate() {
-                let (scale, min) = scale_and_min::<L>(*block, run % 8);
-                for (r, sums) in sums.iter_mut().enumerate() {
-                    sums[t] = min.fma(L::splat(runs[r].sum), add(sums[t], ints[r][t], scale, runs[r].scale));
-                }
-            }
+            add_scaled_less(blocks, run % 8, ints, runs, sums);
         }
     }
 }
@@ -354,11 +374,7 @@ impl Form for Q6K {
                         let four = if group % 2 == 0 { L::Ints::low(line) } else { L::Ints::high(line) };
                         *w = L::Ints::sixth(four, *w, group);
                     }
-                    for (r, ints) in ints.iter_mut().enumerate() {
-                        for (ints, w) in ints.iter_mut().zip(w) {
-                            *ints = ints.dot(w, x[r].add((4 * half + group) * GROUP));
-                        }
-                    }
+                    dot(&mut ints, w, x, 4 * half + group);
                 }
                 for (t, block) in blocks.iter().enumerate() {
                     let bits = block.add(HEAD + run % 8 * SCALES + half * LANES).cast::<i8>();

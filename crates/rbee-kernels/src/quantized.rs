@@ -263,37 +263,25 @@ fn put(form: Quantization, row: &[u8], mut column: Column<'_>) -> Result<(), Not
                 column.halves(Q4_0::weights(k, run), |group| four(block, 2 + group % 4 * GROUP) >> (group / 4 * 4));
             }
         }
-        // f16 `d` and `dmin`, 12 bytes of scales and minima, 128 of weights: two runs share 32 bytes, the first in the low halves.
-        Quantization::Q4K => {
+        // f16 `d` and `dmin`, 12 bytes of scales and minima, 128 of weights: two runs share 32 bytes, the first in the low halves. Q5_K
+        // has 32 bytes before the weights with the fifth bits: bit `r` of a byte is of run `r`.
+        Quantization::Q4K | Quantization::Q5K => {
+            let five = form == Quantization::Q5K;
+            let (bytes, first) = if five { (Q5K::BLOCK, 16 + RUN) } else { (Q4K::BLOCK, 16) };
             for (i, block) in blocks {
-                let at = i * Q4K::BLOCK;
+                let at = i * bytes;
                 column.half(at, [block[0], block[1]], 1.0)?;
                 column.half(at + SCALES, [block[2], block[3]], -1.0)?;
                 for run in 0..RUNS {
                     let (scale, min) = scale_and_min(&block[4..16], run);
                     column.byte(at + HEAD + run * SCALES, scale);
                     column.byte(at + HEAD + run * SCALES + LANES, min);
-                    column.halves(at + Q4K::weights(run), |group| {
-                        four(block, 16 + run / 2 * RUN + group * GROUP) >> (run % 2 * 4)
-                    });
-                }
-            }
-        }
-        // The same with 32 bytes before the weights that have the fifth bits: bit `r` of a byte is of run `r`.
-        Quantization::Q5K => {
-            for (i, block) in blocks {
-                let at = i * Q5K::BLOCK;
-                column.half(at, [block[0], block[1]], 1.0)?;
-                column.half(at + SCALES, [block[2], block[3]], -1.0)?;
-                for run in 0..RUNS {
-                    let (scale, min) = scale_and_min(&block[4..16], run);
-                    column.byte(at + HEAD + run * SCALES, scale);
-                    column.byte(at + HEAD + run * SCALES + LANES, min);
-                    let weights = at + Q5K::weights(run);
-                    column.halves(weights, |group| four(block, 48 + run / 2 * RUN + group * GROUP) >> (run % 2 * 4));
-                    let fifths =
-                        (0..RUN / GROUP).map(|group| (four(block, 16 + group * GROUP) >> run & 0x0101_0101) << group);
-                    column.word(weights + HALVES, fifths.fold(0, |all, bits| all | bits));
+                    let weights = at + if five { Q5K::weights(run) } else { Q4K::weights(run) };
+                    column.halves(weights, |group| four(block, first + run / 2 * RUN + group * GROUP) >> (run % 2 * 4));
+                    if five {
+                        let fifth = |group| (four(block, 16 + group * GROUP) >> run & 0x0101_0101) << group;
+                        column.word(weights + HALVES, (0..RUN / GROUP).fold(0, |all, group| all | fifth(group)));
+                    }
                 }
             }
         }
