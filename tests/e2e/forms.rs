@@ -1,9 +1,7 @@
 //! Answers that must have a form: JSON of a schema, a regular expression's text, a grammar's, or calls of tools.
 
-use std::time::Duration;
-
 use rbee_testkit::http::Told;
-use rbee_testkit::{Cluster, HandWorker, Setup, Signal, scripted, wait_for};
+use rbee_testkit::{Cluster, Setup, Signal, scripted};
 use rbee_wire::event::{Event, FinishReason, Started};
 use rbee_wire::fields::Violation;
 use rbee_wire::{ErrorBody, ErrorCode};
@@ -214,13 +212,6 @@ fn started(told: &[rbee_testkit::http::Said]) -> Started {
     started.unwrap()
 }
 
-fn ready(worker: &HandWorker) {
-    wait_for("the model", Duration::from_secs(30), || match worker.http.get("/v1/ready").json::<Value>() {
-        said if said["ready"] == true => Ok(()),
-        other => Err(other.to_string()),
-    });
-}
-
 /// What a queen does that moves an answer: the tokens it has go to another worker, which goes on with those that would have come.
 #[test]
 fn an_answer_of_a_form_survives_the_death_of_its_worker_with_the_same_tokens() {
@@ -229,7 +220,7 @@ fn an_answer_of_a_form_survives_the_death_of_its_worker_with_the_same_tokens() {
     let generation = |more: Value| with(with(chat(&bee(), 11), json!({ "operation": null })), more);
     let ask = |job: &str, resume: Value| json!({ "job_id": job, "request_id": "r", "generation": generation(json!({})), "resume": resume });
     let first = cluster.worker_by_hand_on("cpu", &["--model", "tinybee"]);
-    ready(&first);
+    first.ready();
     let whole = first.http.stream_of("/v1/inference", &ask("a", Value::Null)).rest().whole();
     let all: Vec<u32> = whole.tokens().iter().map(|token| token.id).collect();
     assert!(all.len() > 12, "{}", whole.text());
@@ -248,7 +239,7 @@ fn an_answer_of_a_form_survives_the_death_of_its_worker_with_the_same_tokens() {
     drop(first);
 
     let second = cluster.worker_by_hand_on("cpu", &["--model", "tinybee"]);
-    ready(&second);
+    second.ready();
     for cut in [1, 6, all.len() - 2] {
         let resume = json!({ "tokens": all[..cut], "numerics_id": numerics });
         let rest = second.http.stream_of("/v1/inference", &ask(&format!("c{cut}"), resume)).rest().whole();

@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::{infer, prompt, with};
 
 /// The value of a line of this name with these labels; none if there is no such line.
-fn value(text: &str, name: &str, labels: &[&str]) -> Option<f64> {
+pub fn value(text: &str, name: &str, labels: &[&str]) -> Option<f64> {
     let line = text.lines().find(|line| {
         let own = line.split(['{', ' ']).next() == Some(name);
         own && labels.iter().all(|label| line.contains(label))

@@ -7,7 +7,7 @@ use std::collections::HashSet;
 use rbee_testkit::story::check_story;
 use rbee_testkit::{Cluster, Setup};
 use rbee_wire::event::FinishReason;
-use serde_json::json;
+use serde_json::{Value, json};
 
 fn ask(cluster: &Cluster, prompt: &str, more: &[&str]) -> String {
     cluster.rbee(&[&["infer", "-q", "-p", prompt][..], more].concat()).exits(0).stdout
@@ -140,6 +140,35 @@ fn what_is_reserved_for_it_without_measuring_is_enough() {
     let memory = cluster.status().workers[0].memory;
     assert!(needed <= reserved, "{needed} {reserved}");
     assert!(memory.total <= reserved, "{memory:?} {reserved}");
+}
+
+/// Ids of answers that repeat, as their form has it, and of free ones; and how many of their tokens were guessed and right.
+fn answers(speculation: &str) -> (Vec<Vec<u32>>, f64) {
+    let cluster = Setup::real().env("RBEE_SPECULATION", speculation).home();
+    cluster.rbee(&["queen", "start"]).exits(0);
+    let worker = cluster.worker_by_hand_on("cpu", &["--model", "tinybee"]);
+    worker.ready();
+    let ask = |temperature: f64, form: Value| {
+        let generation = json!({ "prompt": "Once upon a time", "temperature": temperature, "seed": 5, "max_tokens": 60, "response_format": form });
+        let body = json!({ "job_id": "j", "request_id": "r", "generation": generation });
+        let answer = worker.http.stream_of("/v1/inference", &body).rest().whole();
+        answer.tokens().iter().map(|token| token.id).collect()
+    };
+    let repeats = json!({ "type": "regex", "regex": "(The (bee|fox) saw a red flower[.] ){6}" });
+    let asked = [(0.0, &repeats), (0.8, &repeats), (0.0, &Value::Null), (1.0, &Value::Null)];
+    let ids = asked.map(|(temperature, form)| ask(temperature, form.clone())).into();
+    let metrics = worker.http.get("/metrics").text();
+    let right = crate::metrics::value(&metrics, "rbee_engine_accepted_tokens_total", &[])
+        .unwrap_or_else(|| panic!("{metrics}"));
+    worker.stop();
+    (ids, right)
+}
+
+#[test]
+fn tokens_that_were_guessed_are_those_that_would_have_come() {
+    let ((plain, none), (guessed, some)) = (answers("off"), answers("always"));
+    assert_eq!(guessed, plain);
+    assert!(none == 0.0 && some > 10.0, "{none} and {some} were right");
 }
 
 #[test]

@@ -489,6 +489,18 @@ pub struct HandWorker {
 }
 
 impl HandWorker {
+    /// Waits until its model is loaded.
+    ///
+    /// # Panics
+    /// When that takes more than half a minute.
+    #[track_caller]
+    pub fn ready(&self) {
+        wait_for("the model", Duration::from_secs(30), || match self.http.get("/v1/ready").json::<Value>() {
+            said if said["ready"] == true => Ok(()),
+            other => Err(other.to_string()),
+        });
+    }
+
     /// Its process.
     pub fn pid(&self) -> u32 {
         self.child.id()
