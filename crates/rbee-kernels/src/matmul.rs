@@ -42,22 +42,27 @@ pub fn matmul(pool: &mut Pool, isa: Isa, x: &[f32], w: &Packed, out: &mut [f32])
     assert!(isa.is_here(), "this machine has no {isa:?}");
     let out = SharedOut::new(out);
     let mut first = 0;
-    for w in &w.segments {
-        let to = To { m, k, stride: n, out: out.start().wrapping_add(first) };
-        first += w.n;
-        match w.kept {
-            Kept::F32 => plain::<f32>(pool, isa, x, w, to),
-            Kept::F16 => plain::<f16>(pool, isa, x, w, to),
-            Kept::Bf16 => plain::<bf16>(pool, isa, x, w, to),
-            Kept::Quantized(form) => match form {
-                Quantization::Q8_0 => rounded::<Q8_0>(pool, isa, x, (w, form), to),
-                Quantization::Q4_0 => rounded::<Q4_0>(pool, isa, x, (w, form), to),
-                Quantization::Q4K => rounded::<Q4K>(pool, isa, x, (w, form), to),
-                Quantization::Q5K => rounded::<Q5K>(pool, isa, x, (w, form), to),
-                Quantization::Q6K => rounded::<Q6K>(pool, isa, x, (w, form), to),
-            },
+    ROUNDED.with_borrow_mut(|rows| {
+        if w.segments.iter().any(|segment| matches!(segment.kept, Kept::Quantized(_))) {
+            rows.fill(pool, isa, x);
         }
-    }
+        for w in &w.segments {
+            let to = To { m, k, stride: n, out: out.start().wrapping_add(first) };
+            first += w.n;
+            match w.kept {
+                Kept::F32 => plain::<f32>(pool, isa, x, w, to),
+                Kept::F16 => plain::<f16>(pool, isa, x, w, to),
+                Kept::Bf16 => plain::<bf16>(pool, isa, x, w, to),
+                Kept::Quantized(form) => match form {
+                    Quantization::Q8_0 => rounded::<Q8_0>(pool, isa, rows, (w, form), to),
+                    Quantization::Q4_0 => rounded::<Q4_0>(pool, isa, rows, (w, form), to),
+                    Quantization::Q4K => rounded::<Q4K>(pool, isa, rows, (w, form), to),
+                    Quantization::Q5K => rounded::<Q5K>(pool, isa, rows, (w, form), to),
+                    Quantization::Q6K => rounded::<Q6K>(pool, isa, rows, (w, form), to),
+                },
+            }
+        }
+    });
 }
 
 /// Where a segment's product goes.
@@ -106,14 +111,11 @@ fn plain<T: Element>(pool: &mut Pool, isa: Isa, x: &[f32], w: &Segment, to: To) 
     });
 }
 
-fn rounded<F: Form + Sync>(pool: &mut Pool, isa: Isa, x: &[f32], (w, form): (&Segment, Quantization), to: To) {
-    ROUNDED.with_borrow_mut(|rounded| {
-        rounded.fill(pool, isa, x, F::SHIFT);
-        let (rounded, tiles) = (&*rounded, w.tiles(form, to.k));
-        each(pool, w.n, to, LANES, &|part| {
-            // SAFETY: as above, of tiles.
-            unsafe { dispatch(isa, products::Columns::<F> { part, rounded, w: tiles, form: PhantomData }) }
-        });
+fn rounded<F: Form + Sync>(pool: &mut Pool, isa: Isa, x: &Rounded, (w, form): (&Segment, Quantization), to: To) {
+    let tiles = w.tiles(form, to.k);
+    each(pool, w.n, to, LANES, &|part| {
+        // SAFETY: as above, of tiles.
+        unsafe { dispatch(isa, products::Columns::<F> { part, rounded: x, w: tiles, form: PhantomData }) }
     });
 }
 

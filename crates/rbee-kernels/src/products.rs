@@ -19,25 +19,45 @@ const AHEAD: usize = 8 << 10;
 /// Bytes of rounded rows that are kept near while all weights pass by.
 const NEAR: usize = 512 << 10;
 
-/// A form's arithmetic.
-pub(crate) trait Form {
-    /// What the stored weights are shifted by, for which [`Run::less`] makes up.
-    const SHIFT: i32;
-    /// Bytes that a run of a tile takes, its share of the scales included.
-    const BYTES: usize;
-    /// Adds the products of `R` rows and `T` tiles in a run to `sums`.
+/// A run of `R` rows and the same of `T` tiles.
+#[derive(Clone, Copy)]
+pub(crate) struct Meeting<const R: usize, const T: usize> {
+    tiles: [*const u8; T],
+    /// Inputs of a tile.
+    k: usize,
+    run: usize,
+    /// The rows' steps in this run, and what is known of them.
+    x: [*const i8; R],
+    runs: [Run; R],
+}
+
+impl<const R: usize, const T: usize> Meeting<R, T> {
+    /// The large blocks of so many bytes that the run is in, and its number there.
     ///
     /// # Safety
-    /// `tiles` point to tiles of `k` inputs that have such a run, `x` to the steps of the rows in this run, of which `runs` is
-    /// known; the instruction set of `L` is there.
-    unsafe fn run<L: Lanes, const R: usize, const T: usize>(
-        tiles: [*const u8; T],
-        k: usize,
-        run: usize,
-        x: [*const i8; R],
-        runs: [Run; R],
-        sums: &mut [[L; T]; R],
-    );
+    /// There are such blocks.
+    #[inline(always)]
+    unsafe fn blocks(&self, bytes: usize) -> ([*const u8; T], usize) {
+        // SAFETY: the caller's.
+        (self.tiles.map(|tile| unsafe { tile.add(self.run / 8 * bytes) }), self.run % 8)
+    }
+
+    /// For each row, -1 times what the weights are shifted by, times the sum of its inputs.
+    #[inline(always)]
+    fn less(&self, shift: i32) -> [i32; R] {
+        self.runs.map(|Run { sums, .. }| sums[0].wrapping_add(sums[1]).wrapping_mul(-shift))
+    }
+}
+
+/// A form's arithmetic.
+pub(crate) trait Form {
+    /// Bytes that a run of a tile takes, its share of the scales included.
+    const BYTES: usize;
+    /// Adds the products to `sums`.
+    ///
+    /// # Safety
+    /// What meets is there; the instruction set of `L` is there.
+    unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<R, T>, sums: &mut [[L; T]; R]);
 }
 
 /// All rows of some tiles.
@@ -114,7 +134,7 @@ impl<F: Form> Columns<'_, F> {
                 }
                 let x: [*const i8; R] = std::array::from_fn(|r| steps.add(r * k + run * RUN));
                 let of_rows: [Run; R] = std::array::from_fn(|r| *runs.add(r * per_row + run));
-                F::run::<L, R, T>(tiles, k, run, x, of_rows, &mut sums);
+                F::run(Meeting { tiles, k, run, x, runs: of_rows }, &mut sums);
             }
             for (r, sums) in sums.iter().enumerate() {
                 for (t, sum) in sums.iter().enumerate() {
@@ -215,23 +235,16 @@ unsafe fn add_scaled_less<L: Lanes, const R: usize, const T: usize>(
 }
 
 impl Form for Q8_0 {
-    const SHIFT: i32 = 128;
     const BYTES: usize = SCALES + Q8_0::RUN;
 
     #[inline(always)]
-    unsafe fn run<L: Lanes, const R: usize, const T: usize>(
-        tiles: [*const u8; T],
-        k: usize,
-        run: usize,
-        x: [*const i8; R],
-        runs: [Run; R],
-        sums: &mut [[L; T]; R],
-    ) {
+    unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<R, T>, sums: &mut [[L; T]; R]) {
         // SAFETY: the caller's.
         unsafe {
+            let Meeting { tiles, k, run, x, runs } = meeting;
             let at = tiles.map(|tile| tile.add(Q8_0::weights(k, run)));
-            let begin = |r: usize| L::Ints::begin_wide(runs[r].less[0].wrapping_add(runs[r].less[1]));
-            let mut ints: [[L::Ints; T]; R] = std::array::from_fn(|r| [begin(r); T]);
+            let less = meeting.less(128);
+            let mut ints: [[L::Ints; T]; R] = std::array::from_fn(|r| [L::Ints::begin_wide(less[r]); T]);
             for group in 0..RUN / GROUP {
                 let w = at.map(|at| L::Ints::line(at.add(group * LINE)));
                 for (r, ints) in ints.iter_mut().enumerate() {
@@ -242,6 +255,19 @@ impl Form for Q8_0 {
             }
             add_scaled(tiles, run, ints, runs, sums);
         }
+    }
+}
+
+/// The low four bits of a group's weights, of which lines of two groups stand at `at`.
+///
+/// # Safety
+/// They do; the instruction set of `L` is there.
+#[inline(always)]
+unsafe fn four_of<L: Lanes>(at: *const u8, group: usize) -> <L::Ints as Ints>::Line {
+    // SAFETY: the caller's.
+    unsafe {
+        let line = L::Ints::line(at.add(group / 2 * LINE));
+        if group.is_multiple_of(2) { L::Ints::low(line) } else { L::Ints::high(line) }
     }
 }
 
@@ -266,22 +292,15 @@ unsafe fn four_bits<L: Lanes, const R: usize, const T: usize>(
 }
 
 impl Form for Q4_0 {
-    const SHIFT: i32 = 8;
     const BYTES: usize = SCALES + Q4_0::RUN;
 
     #[inline(always)]
-    unsafe fn run<L: Lanes, const R: usize, const T: usize>(
-        tiles: [*const u8; T],
-        k: usize,
-        run: usize,
-        x: [*const i8; R],
-        runs: [Run; R],
-        sums: &mut [[L; T]; R],
-    ) {
+    unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<R, T>, sums: &mut [[L; T]; R]) {
         // SAFETY: the caller's.
         unsafe {
-            let begin = |r: usize| L::Ints::splat(runs[r].less[0].wrapping_add(runs[r].less[1]));
-            let mut ints: [[L::Ints; T]; R] = std::array::from_fn(|r| [begin(r); T]);
+            let Meeting { tiles, k, run, x, runs } = meeting;
+            let less = meeting.less(8);
+            let mut ints: [[L::Ints; T]; R] = std::array::from_fn(|r| [L::Ints::splat(less[r]); T]);
             four_bits::<L, R, T>(tiles.map(|tile| tile.add(Q4_0::weights(k, run))), x, &mut ints);
             add_scaled(tiles, run, ints, runs, sums);
         }
@@ -289,45 +308,31 @@ impl Form for Q4_0 {
 }
 
 impl Form for Q4K {
-    const SHIFT: i32 = 0;
     const BYTES: usize = Q4K::BLOCK / 8;
 
     #[inline(always)]
-    unsafe fn run<L: Lanes, const R: usize, const T: usize>(
-        tiles: [*const u8; T],
-        _: usize,
-        run: usize,
-        x: [*const i8; R],
-        runs: [Run; R],
-        sums: &mut [[L; T]; R],
-    ) {
+    unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<R, T>, sums: &mut [[L; T]; R]) {
         // SAFETY: the caller's.
         unsafe {
-            let blocks = tiles.map(|tile| tile.add(run / 8 * Q4K::BLOCK));
+            let (blocks, run) = meeting.blocks(Q4K::BLOCK);
+            let Meeting { x, runs, .. } = meeting;
             let mut ints = [[L::Ints::splat(0); T]; R];
-            four_bits::<L, R, T>(blocks.map(|block| block.add(Q4K::weights(run % 8))), x, &mut ints);
-            add_scaled_less(blocks, run % 8, ints, runs, sums);
+            four_bits::<L, R, T>(blocks.map(|block| block.add(Q4K::weights(run))), x, &mut ints);
+            add_scaled_less(blocks, run, ints, runs, sums);
         }
     }
 }
 
 impl Form for Q5K {
-    const SHIFT: i32 = 0;
     const BYTES: usize = Q5K::BLOCK / 8;
 
     #[inline(always)]
-    unsafe fn run<L: Lanes, const R: usize, const T: usize>(
-        tiles: [*const u8; T],
-        _: usize,
-        run: usize,
-        x: [*const i8; R],
-        runs: [Run; R],
-        sums: &mut [[L; T]; R],
-    ) {
+    unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<R, T>, sums: &mut [[L; T]; R]) {
         // SAFETY: the caller's.
         unsafe {
-            let blocks = tiles.map(|tile| tile.add(run / 8 * Q5K::BLOCK));
-            let at = blocks.map(|block| block.add(Q5K::weights(run % 8)));
+            let (blocks, run) = meeting.blocks(Q5K::BLOCK);
+            let Meeting { x, runs, .. } = meeting;
+            let at = blocks.map(|block| block.add(Q5K::weights(run)));
             // One line has the fifth bits of the run: bit g of a byte is of group g.
             let fifths = at.map(|at| L::Ints::line(at.add(RUN / GROUP / 2 * LINE)));
             let mut ints = [[L::Ints::splat(0); T]; R];
@@ -335,49 +340,39 @@ impl Form for Q5K {
                 // Filled in a loop: a closure as long as this is not compiled into the kernel.
                 let mut w = fifths;
                 for (w, at) in w.iter_mut().zip(at) {
-                    let line = L::Ints::line(at.add(group / 2 * LINE));
-                    let four = if group % 2 == 0 { L::Ints::low(line) } else { L::Ints::high(line) };
-                    *w = L::Ints::fifth(four, *w, group);
+                    *w = L::Ints::fifth(four_of::<L>(at, group), *w, group);
                 }
                 dot(&mut ints, w, x, group);
             }
-            add_scaled_less(blocks, run % 8, ints, runs, sums);
+            add_scaled_less(blocks, run, ints, runs, sums);
         }
     }
 }
 
 impl Form for Q6K {
-    const SHIFT: i32 = 32;
     const BYTES: usize = Q6K::BLOCK / 8;
 
     #[inline(always)]
-    unsafe fn run<L: Lanes, const R: usize, const T: usize>(
-        tiles: [*const u8; T],
-        _: usize,
-        run: usize,
-        x: [*const i8; R],
-        runs: [Run; R],
-        sums: &mut [[L; T]; R],
-    ) {
+    unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<R, T>, sums: &mut [[L; T]; R]) {
         // SAFETY: the caller's.
         unsafe {
-            let blocks = tiles.map(|tile| tile.add(run / 8 * Q6K::BLOCK));
-            let at = blocks.map(|block| block.add(Q6K::weights(run % 8)));
+            let (blocks, run) = meeting.blocks(Q6K::BLOCK);
+            let Meeting { x, runs, .. } = meeting;
+            let at = blocks.map(|block| block.add(Q6K::weights(run)));
             // Each half of the run has a scale, and a line with the upper two bits of its four groups.
             for half in 0..2 {
                 let uppers = at.map(|at| L::Ints::line(at.add((RUN / GROUP / 2 + half) * LINE)));
-                let mut ints: [[L::Ints; T]; R] = std::array::from_fn(|r| [L::Ints::splat(runs[r].less[half]); T]);
+                let begin = |r: usize| L::Ints::splat(runs[r].sums[half].wrapping_mul(-32));
+                let mut ints: [[L::Ints; T]; R] = std::array::from_fn(|r| [begin(r); T]);
                 for group in 0..RUN / GROUP / 2 {
                     let mut w = uppers;
                     for (w, at) in w.iter_mut().zip(at) {
-                        let line = L::Ints::line(at.add((2 * half + group / 2) * LINE));
-                        let four = if group % 2 == 0 { L::Ints::low(line) } else { L::Ints::high(line) };
-                        *w = L::Ints::sixth(four, *w, group);
+                        *w = L::Ints::sixth(four_of::<L>(at, 4 * half + group), *w, group);
                     }
                     dot(&mut ints, w, x, 4 * half + group);
                 }
                 for (t, block) in blocks.iter().enumerate() {
-                    let bits = block.add(HEAD + run % 8 * SCALES + half * LANES).cast::<i8>();
+                    let bits = block.add(HEAD + run * SCALES + half * LANES).cast::<i8>();
                     let scale = L::load_i8(bits).fma(halves(*block), L::splat(0.0));
                     for (r, sums) in sums.iter_mut().enumerate() {
                         sums[t] = add(sums[t], ints[r][t], scale, runs[r].scale);

@@ -393,7 +393,7 @@ mod tests {
                 let mut want = vec![0.0; m * n];
                 matmul(&mut Pool::new(1), Isa::Scalar, &x, &packed, &mut want);
                 let mut rounded = Rounded::default();
-                rounded.fill(&mut Pool::new(1), Isa::Scalar, &x, 0);
+                rounded.fill(&mut Pool::new(1), Isa::Scalar, &x);
                 let stepped: Vec<f64> = rounded
                     .steps
                     .iter()

@@ -27,8 +27,8 @@ pub(crate) struct Run {
     pub(crate) scale: f32,
     /// The sum of the run's rounded values.
     pub(crate) sum: f32,
-    /// For each half of the run the sum of its steps, times what the weights are shifted by, negative.
-    pub(crate) less: [i32; 2],
+    /// For each half of the run the sum of its steps.
+    pub(crate) sums: [i32; 2],
 }
 
 /// Rows of activations: `[rows, k]` steps and `[rows, k / 32]` runs.
@@ -39,8 +39,8 @@ pub(crate) struct Rounded {
 }
 
 impl Rounded {
-    /// Rounds rows of `k` values, a multiple of 32, for weights that are stored with `shift` added.
-    pub(crate) fn fill(&mut self, pool: &mut Pool, isa: Isa, x: &[f32], shift: i32) {
+    /// Rounds rows of values, a multiple of 32 each.
+    pub(crate) fn fill(&mut self, pool: &mut Pool, isa: Isa, x: &[f32]) {
         // What is in there from earlier products is written before it is read.
         self.steps.resize(x.len(), 0);
         self.runs.resize(x.len() / RUN, Run::default());
@@ -49,7 +49,7 @@ impl Rounded {
             let range = task * TASK..((task + 1) * TASK).min(x.len());
             // SAFETY: these runs belong to this task alone: a task is whole runs.
             let (steps, runs) = unsafe { (steps.part(range.clone()), runs.part(range.start / RUN..range.end / RUN)) };
-            on(isa, Round { x: &x[range], steps, runs, shift });
+            on(isa, Round { x: &x[range], steps, runs });
         });
     }
 }
@@ -58,7 +58,6 @@ struct Round<'a> {
     x: &'a [f32],
     steps: &'a mut [i8],
     runs: &'a mut [Run],
-    shift: i32,
 }
 
 impl Body for Round<'_> {
@@ -99,7 +98,7 @@ impl Body for Round<'_> {
             }
             let scale = scale + poison[0];
             let sum = sums[0].wrapping_add(sums[1]) as f32;
-            *run = Run { scale, sum: scale * sum, less: sums.map(|sum| sum.wrapping_mul(-self.shift)) };
+            *run = Run { scale, sum: scale * sum, sums };
         }
     }
 }
@@ -111,7 +110,7 @@ mod tests {
 
     fn rounded(isa: Isa, threads: usize, x: &[f32]) -> Rounded {
         let mut out = Rounded::default();
-        out.fill(&mut Pool::new(threads), isa, x, 32);
+        out.fill(&mut Pool::new(threads), isa, x);
         out
     }
 
@@ -129,7 +128,7 @@ mod tests {
                 assert!((x - f32::from(*step) * run.scale).abs() <= run.scale * 0.500_01, "{x} {step} {}", run.scale);
             }
             let sums = [&steps[..16], &steps[16..]].map(|half| half.iter().map(|step| i32::from(*step)).sum::<i32>());
-            assert_eq!(run.less, sums.map(|sum| -32 * sum));
+            assert_eq!(run.sums, sums);
             assert_eq!(run.sum, (sums[0] + sums[1]) as f32 * run.scale);
         }
         assert_eq!((want.runs[2], want.steps[97], want.steps[98]), (Run::default(), 2, -4));
