@@ -14,12 +14,13 @@ const BYTES: u64 = 160 << 20;
 
 const ROWS: [usize; 7] = [1, 2, 4, 6, 8, 16, 512];
 
-const KEPT: [(&str, Kept); 8] = [
+const KEPT: [(&str, Kept); 9] = [
     ("Q8_0", Kept::Quantized(Quantization::Q8_0)),
     ("Q4_0", Kept::Quantized(Quantization::Q4_0)),
     ("Q4_K", Kept::Quantized(Quantization::Q4K)),
     ("Q5_K", Kept::Quantized(Quantization::Q5K)),
     ("Q6_K", Kept::Quantized(Quantization::Q6K)),
+    ("block-float", Kept::BlockFloat),
     ("bf16", Kept::Bf16),
     ("f16", Kept::F16),
     ("f32", Kept::F32),
@@ -31,6 +32,13 @@ fn flag(name: &str, default: usize) -> usize {
     value.unwrap_or(default)
 }
 
+/// What is measured is the forms that are named, or all.
+fn named(name: &str) -> bool {
+    let args: Vec<String> = std::env::args().collect();
+    let only = args.iter().position(|arg| arg == "--only").and_then(|at| args.get(at + 1));
+    only.is_none_or(|only| only.split(',').any(|only| only.eq_ignore_ascii_case(name)))
+}
+
 fn main() {
     let (rounds, isa) = (flag("--rounds", 5), Isa::detect());
     let weight = |i: usize| ((i * 7919 % 1000) as f32 / 500.0 - 1.0).to_le_bytes();
@@ -38,7 +46,7 @@ fn main() {
     println!("{}; {OUTPUTS} outputs, {INPUTS} inputs, medians of {rounds}\n", isa.name());
     println!("| weights | rows | threads | microseconds | GB/s | 10^9 operations/s |");
     println!("|---|---|---|---|---|---|");
-    for (name, kept) in KEPT {
+    for (name, kept) in KEPT.into_iter().filter(|(name, _)| named(name)) {
         let part = Part { kept, kind: WeightType::F32, bytes: &bytes };
         let copies = BYTES.div_ceil(Kept::bytes(&[(kept, OUTPUTS as u64)], INPUTS as u64));
         let pack = |_| Packed::new(&mut Pool::new(2), &[part], INPUTS).expect("the weights are numbers");

@@ -5,6 +5,7 @@
 //! [`attention::attend`]; [`simd`] says how one source serves every instruction set.
 
 pub mod attention;
+mod block_float;
 pub mod compute;
 pub mod ggml;
 mod ints;

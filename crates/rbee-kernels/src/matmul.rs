@@ -2,8 +2,8 @@
 //!
 //! Every output element is one chain of fused multiply-adds over k in ascending order, whatever the number of
 //! rows, threads or lanes. So a row's bits are the same alone and among others, and the same on AVX-512,
-//! AVX2+FMA and the scalar path: a fused multiply-add rounds once, everywhere. Lanes are output columns. Beside weights of few
-//! bits a row is rounded first ([`crate::rounded`]), and the chain is one over runs of inputs ([`crate::products`]).
+//! AVX2+FMA and the scalar path: a fused multiply-add rounds once, everywhere. Lanes are output columns. Beside weights that
+//! are whole numbers a row is rounded first ([`crate::rounded`]), and the chain is one over runs of inputs ([`crate::products`]).
 
 #![expect(unsafe_code, reason = "SIMD kernels over raw pointers")]
 
@@ -13,6 +13,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
+use crate::block_float::BlockFloat;
 use crate::packed::{Kept, PANEL, Packed, Segment, VECTORS};
 use crate::pool::{Pool, SharedOut};
 use crate::products::{self, Form};
@@ -27,8 +28,8 @@ const SMALL: usize = 1 << 18;
 const TASK: usize = 1 << 17;
 
 thread_local! {
-    /// Kept between products.
-    static ROUNDED: RefCell<Rounded> = RefCell::default();
+    /// Kept between products: rows in steps of eight bits and of fifteen.
+    static ROUNDED: RefCell<(Rounded<i8>, Rounded<i16>)> = RefCell::default();
 }
 
 /// `out[m, n] = x[m, k] · wᵀ`, columns shared out over the pool's threads.
@@ -42,9 +43,12 @@ pub fn matmul(pool: &mut Pool, isa: Isa, x: &[f32], w: &Packed, out: &mut [f32])
     assert!(isa.is_here(), "this machine has no {isa:?}");
     let out = SharedOut::new(out);
     let mut first = 0;
-    ROUNDED.with_borrow_mut(|rows| {
+    ROUNDED.with_borrow_mut(|(rows, fine)| {
         if w.segments.iter().any(|segment| matches!(segment.kept, Kept::Quantized(_))) {
             rows.fill(pool, isa, x);
+        }
+        if w.segments.iter().any(|segment| segment.kept == Kept::BlockFloat) {
+            fine.fill(pool, isa, x);
         }
         for w in &w.segments {
             let to = To { m, k, stride: n, out: out.start().wrapping_add(first) };
@@ -53,12 +57,13 @@ pub fn matmul(pool: &mut Pool, isa: Isa, x: &[f32], w: &Packed, out: &mut [f32])
                 Kept::F32 => plain::<f32>(pool, isa, x, w, to),
                 Kept::F16 => plain::<f16>(pool, isa, x, w, to),
                 Kept::Bf16 => plain::<bf16>(pool, isa, x, w, to),
+                Kept::BlockFloat => rounded::<BlockFloat>(pool, isa, fine, w, to),
                 Kept::Quantized(form) => match form {
-                    Quantization::Q8_0 => rounded::<Q8_0>(pool, isa, rows, (w, form), to),
-                    Quantization::Q4_0 => rounded::<Q4_0>(pool, isa, rows, (w, form), to),
-                    Quantization::Q4K => rounded::<Q4K>(pool, isa, rows, (w, form), to),
-                    Quantization::Q5K => rounded::<Q5K>(pool, isa, rows, (w, form), to),
-                    Quantization::Q6K => rounded::<Q6K>(pool, isa, rows, (w, form), to),
+                    Quantization::Q8_0 => rounded::<Q8_0>(pool, isa, rows, w, to),
+                    Quantization::Q4_0 => rounded::<Q4_0>(pool, isa, rows, w, to),
+                    Quantization::Q4K => rounded::<Q4K>(pool, isa, rows, w, to),
+                    Quantization::Q5K => rounded::<Q5K>(pool, isa, rows, w, to),
+                    Quantization::Q6K => rounded::<Q6K>(pool, isa, rows, w, to),
                 },
             }
         }
@@ -111,8 +116,8 @@ fn plain<T: Element>(pool: &mut Pool, isa: Isa, x: &[f32], w: &Segment, to: To) 
     });
 }
 
-fn rounded<F: Form + Sync>(pool: &mut Pool, isa: Isa, x: &Rounded, (w, form): (&Segment, Quantization), to: To) {
-    let tiles = w.tiles(form, to.k);
+fn rounded<F: Form + Sync>(pool: &mut Pool, isa: Isa, x: &Rounded<F::Step>, w: &Segment, to: To) {
+    let tiles = w.tiles();
     each(pool, w.n, to, LANES, &|part| {
         // SAFETY: as above, of tiles.
         unsafe { dispatch(isa, products::Columns::<F> { part, rounded: x, w: tiles, form: PhantomData }) }

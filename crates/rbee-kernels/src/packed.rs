@@ -2,7 +2,7 @@
 //!
 //! A matrix of f32, f16 or bf16 stands in panels of [`PANEL`] columns (its outputs). Within a panel, for each input the weights of
 //! all columns stand side by side, so a lone row reads one sequential stream and still has four independent chains of sums. One of
-//! few bits stands in tiles of sixteen columns: [`crate::quantized`].
+//! whole numbers stands in tiles of sixteen columns: [`crate::quantized`], [`crate::block_float`].
 
 #![expect(unsafe_code, reason = "tasks write disjoint panels of one matrix")]
 
@@ -11,10 +11,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use bytemuck::{AnyBitPattern, NoUninit};
 use half::{bf16, f16};
 
+use crate::block_float;
 use crate::ggml::{self, Blocks};
 use crate::memory::Memory;
 use crate::pool::{Pool, SharedOut};
 use crate::quantized::{self, Quantization};
+use crate::rounded::RUN;
 use crate::simd::{Element, LANES};
 
 /// Columns of a panel.
@@ -66,16 +68,22 @@ pub enum Kept {
     F16,
     /// As the upper half of an f32.
     Bf16,
+    /// As whole numbers of sixteen bits with an exponent for every 32 inputs.
+    BlockFloat,
     /// With few bits.
     Quantized(Quantization),
 }
 
 impl Kept {
+    /// Inputs that share an exponent or a scale: of [`Kept::BlockFloat`], and of the smallest blocks of few bits.
+    pub const RUN: usize = RUN;
+
     /// Bytes of packed matrices of `k` inputs, one below the other: what each is kept in, and its outputs.
     pub fn bytes(parts: &[(Self, u64)], k: u64) -> u64 {
         let of = |(kept, n): (Self, u64)| match kept {
             Self::F32 => n.next_multiple_of(PANEL as u64) * k * 4,
             Self::F16 | Self::Bf16 => n.next_multiple_of(PANEL as u64) * k * 2,
+            Self::BlockFloat => n.div_ceil(LANES as u64) * block_float::tile(k as usize) as u64,
             Self::Quantized(form) => n.div_ceil(LANES as u64) * form.tile(k as usize) as u64,
         };
         let segments = parts.chunk_by(|(a, _), (b, _)| a == b);
@@ -118,14 +126,24 @@ impl<'a> Part<'a> {
     }
 }
 
-/// The tiles of a matrix of few bits.
+/// The tiles of a matrix of whole numbers.
 #[derive(Clone, Copy)]
 pub(crate) struct Tiles<'a> {
     data: &'a [u8],
     bytes: usize,
 }
 
-impl Tiles<'_> {
+impl<'a> Tiles<'a> {
+    /// The tile of an output.
+    fn of(self, output: usize) -> &'a [u8] {
+        &self.data[output / LANES * self.bytes..][..self.bytes]
+    }
+
+    /// Bytes from one to the next.
+    pub(crate) fn bytes(self) -> usize {
+        self.bytes
+    }
+
     /// # Safety
     /// There is such a tile.
     #[inline(always)]
@@ -286,6 +304,10 @@ impl Segment {
             Kept::F32 => each(pool, &rows, panel, convert::<f32>),
             Kept::F16 => each(pool, &rows, panel, convert::<f16>),
             Kept::Bf16 => each(pool, &rows, panel, convert::<bf16>),
+            Kept::BlockFloat => {
+                assert!(k.is_multiple_of(RUN), "rows of {k} are not runs of {RUN}");
+                each(pool, &rows, (LANES, block_float::tile(k)), |rows, out| block_float::pack(rows, k, out))
+            }
             Kept::Quantized(form) => {
                 assert!(k.is_multiple_of(form.block()), "rows of {k} are not blocks of {form:?}");
                 each(pool, &rows, (LANES, form.tile(k)), |rows, out| quantized::pack(form, rows, k, out))
@@ -294,8 +316,10 @@ impl Segment {
         Ok(Self { n: rows.len(), kept, data: data? })
     }
 
-    pub(crate) fn tiles(&self, form: Quantization, k: usize) -> Tiles<'_> {
-        Tiles { data: self.data.values(), bytes: form.tile(k) }
+    /// They, of a matrix that stands in such.
+    pub(crate) fn tiles(&self) -> Tiles<'_> {
+        let data: &[u8] = self.data.values();
+        Tiles { data, bytes: data.len() / self.n.div_ceil(LANES) }
     }
 
     fn row(&self, i: usize, out: &mut [f32]) {
@@ -310,10 +334,8 @@ impl Segment {
             Kept::F32 => gather(&self.data.values::<f32>()[base..], out),
             Kept::F16 => gather(&self.data.values::<f16>()[base..], out),
             Kept::Bf16 => gather(&self.data.values::<bf16>()[base..], out),
-            Kept::Quantized(form) => {
-                let bytes = form.tile(k);
-                quantized::read(form, &self.data.values()[i / LANES * bytes..][..bytes], i % LANES, out);
-            }
+            Kept::BlockFloat => block_float::read(self.tiles().of(i), i % LANES, out),
+            Kept::Quantized(form) => quantized::read(form, self.tiles().of(i), i % LANES, out),
         }
     }
 }

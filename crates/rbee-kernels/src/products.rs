@@ -1,15 +1,16 @@
-//! The product of rounded activations and weights of few bits.
+//! The product of rounded activations and weights that are whole numbers with scales.
 //!
 //! Within a run of 32 inputs the products are whole numbers and their sum is exact; the runs of a row are added up in ascending
-//! order by fused multiply-adds, one chain for each output, as [`crate::matmul`] says. [`crate::quantized`] has the forms' layouts.
+//! order by fused multiply-adds, one chain for each output, as [`crate::matmul`] says. [`crate::quantized`] and
+//! [`crate::block_float`] have the forms' layouts.
 
 #![expect(unsafe_code, reason = "SIMD kernels over raw pointers")]
 
 use crate::ints::{GROUP, Ints, LINE};
 use crate::matmul::{Span, To, store};
 use crate::packed::Tiles;
-use crate::quantized::{HEAD, Q4_0, Q4K, Q5K, Q6K, Q8_0, SCALES};
-use crate::rounded::{RUN, Rounded, Run};
+use crate::quantized::{HEAD, Q4_0, Q4K, Q5K, Q6K, Q8_0, RUNS, SCALES};
+use crate::rounded::{RUN, Rounded, Run, Step};
 use crate::simd::{Kernel, LANES, Lanes};
 use half::f16;
 
@@ -20,50 +21,107 @@ const AHEAD: usize = 8 << 10;
 const NEAR: usize = 512 << 10;
 
 /// A run of `R` rows and the same of `T` tiles.
-#[derive(Clone, Copy)]
-pub(crate) struct Meeting<const R: usize, const T: usize> {
-    tiles: [*const u8; T],
-    /// Inputs of a tile.
-    k: usize,
-    run: usize,
-    /// The rows' steps in this run, and what is known of them.
-    x: [*const i8; R],
-    runs: [Run; R],
+pub(crate) struct Meeting<S, const R: usize, const T: usize> {
+    tiles: *const u8,
+    /// Bytes from one tile to the next.
+    bytes: usize,
+    /// Inputs of a row.
+    pub(crate) k: usize,
+    /// The run's number.
+    pub(crate) run: usize,
+    /// The first row's steps in this run, and what is known of it.
+    steps: *const S,
+    about: *const Run,
 }
 
-impl<const R: usize, const T: usize> Meeting<R, T> {
-    /// The large blocks of so many bytes that the run is in, and its number there.
+impl<S, const R: usize, const T: usize> Clone for Meeting<S, R, T> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<S, const R: usize, const T: usize> Copy for Meeting<S, R, T> {}
+
+impl<S, const R: usize, const T: usize> Meeting<S, R, T> {
+    /// So many bytes into each tile.
     ///
     /// # Safety
-    /// There are such blocks.
+    /// They have so many. So for all of these: what they point to is there.
     #[inline(always)]
-    unsafe fn blocks(&self, bytes: usize) -> ([*const u8; T], usize) {
+    pub(crate) unsafe fn at(self, offset: usize) -> [*const u8; T] {
         // SAFETY: the caller's.
-        (self.tiles.map(|tile| unsafe { tile.add(self.run / 8 * bytes) }), self.run % 8)
+        std::array::from_fn(|t| unsafe { self.tiles.add(t * self.bytes + offset) })
     }
 
-    /// For each row, -1 times what the weights are shifted by, times the sum of its inputs.
+    /// The large blocks of so many bytes that the run is in, so many bytes into each.
+    ///
+    /// # Safety
+    /// As above.
     #[inline(always)]
-    fn less(&self, shift: i32) -> [i32; R] {
-        self.runs.map(|Run { sums, .. }| sums[0].wrapping_add(sums[1]).wrapping_mul(-shift))
+    unsafe fn in_blocks(self, bytes: usize, offset: usize) -> [*const u8; T] {
+        // SAFETY: the caller's.
+        unsafe { self.at(self.run / RUNS * bytes + offset) }
+    }
+
+    /// The run's number in its large block.
+    #[inline(always)]
+    fn of_block(self) -> usize {
+        self.run % RUNS
+    }
+
+    /// Steps of a row, from so many of the run on.
+    ///
+    /// # Safety
+    /// As above.
+    #[inline(always)]
+    pub(crate) unsafe fn x(self, row: usize, first: usize) -> *const S {
+        // SAFETY: the caller's.
+        unsafe { self.steps.add(row * self.k + first) }
+    }
+
+    /// What is known of a row in this run.
+    ///
+    /// # Safety
+    /// As above.
+    #[inline(always)]
+    pub(crate) unsafe fn about(self, row: usize) -> Run {
+        // SAFETY: the caller's.
+        unsafe { *self.about.add(row * (self.k / RUN)) }
+    }
+
+    /// -1 times what the weights are shifted by, times the sum of a row's inputs.
+    ///
+    /// # Safety
+    /// As above.
+    #[inline(always)]
+    unsafe fn less(self, row: usize, shift: i32) -> i32 {
+        // SAFETY: the caller's.
+        let Run { sums, .. } = unsafe { self.about(row) };
+        sums[0].wrapping_add(sums[1]).wrapping_mul(-shift)
     }
 }
 
 /// A form's arithmetic.
 pub(crate) trait Form {
+    /// What activations are rounded to.
+    type Step: Step;
     /// Bytes that a run of a tile takes, its share of the scales included.
     const BYTES: usize;
+    /// Rows up to which one tile at a time is faster than two, as measured: its weights come as one stream, two share what is loaded of
+    /// the rows.
+    const ALONE: usize = 24;
     /// Adds the products to `sums`.
     ///
     /// # Safety
     /// What meets is there; the instruction set of `L` is there.
-    unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<R, T>, sums: &mut [[L; T]; R]);
+    unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<Self::Step, R, T>, sums: &mut [[L; T]; R]);
 }
 
 /// All rows of some tiles.
-pub(crate) struct Columns<'a, F> {
+pub(crate) struct Columns<'a, F: Form> {
     pub(crate) part: Span,
-    pub(crate) rounded: &'a Rounded,
+    pub(crate) rounded: &'a Rounded<F::Step>,
     pub(crate) w: Tiles<'a>,
     pub(crate) form: std::marker::PhantomData<F>,
 }
@@ -81,12 +139,12 @@ impl<F: Form> Kernel for Columns<'_, F> {
                 return;
             }
             let most = if L::WIDE { 6 } else { 2 };
-            let near = (NEAR / k).max(most).next_multiple_of(most);
+            let near = (NEAR / (k * size_of::<F::Step>())).max(most).next_multiple_of(most);
             for first in (0..m).step_by(near) {
                 let rows = near.min(m - first);
                 let mut tile = tiles.start;
                 while tile < tiles.end {
-                    let pair = L::WIDE && tile + 1 < tiles.end;
+                    let pair = L::WIDE && m > F::ALONE && tile + 1 < tiles.end;
                     // Of about the same size, so that no block is left with one row.
                     let blocks = rows.div_ceil(most);
                     for block in 0..blocks {
@@ -98,6 +156,10 @@ impl<F: Form> Kernel for Columns<'_, F> {
                             (3, true) => self.block::<L, 3, 2>(row, tile),
                             (2, true) => self.block::<L, 2, 2>(row, tile),
                             (1, true) => self.block::<L, 1, 2>(row, tile),
+                            (6, false) if L::WIDE => self.block::<L, 6, 1>(row, tile),
+                            (5, false) if L::WIDE => self.block::<L, 5, 1>(row, tile),
+                            (4, false) if L::WIDE => self.block::<L, 4, 1>(row, tile),
+                            (3, false) if L::WIDE => self.block::<L, 3, 1>(row, tile),
                             (2, false) => self.block::<L, 2, 1>(row, tile),
                             (some, false) => (row..row + some).for_each(|row| self.block::<L, 1, 1>(row, tile)),
                             _ => unreachable!("blocks have at most {most} rows"),
@@ -121,20 +183,19 @@ impl<F: Form> Columns<'_, F> {
         let per_row = k / RUN;
         // SAFETY: the caller's. What is stored lies within row and tile; what is fetched ahead need not exist.
         unsafe {
-            let tiles: [*const u8; T] = std::array::from_fn(|t| self.w.start(tile + t));
+            let (tiles, bytes) = (self.w.start(tile), self.w.bytes());
             let steps = self.rounded.steps.as_ptr().add(row * k);
-            let runs = self.rounded.runs.as_ptr().add(row * per_row);
+            let about = self.rounded.runs.as_ptr().add(row * per_row);
             let mut sums = [[L::splat(0.0); T]; R];
             for run in 0..per_row {
                 if row == 0 {
-                    for tile in tiles {
-                        let ahead = tile.wrapping_add(run * F::BYTES + AHEAD);
+                    for t in 0..T {
+                        let ahead = tiles.wrapping_add(t * bytes + run * F::BYTES + AHEAD);
                         (0..F::BYTES.div_ceil(LINE)).for_each(|line| L::fetch(ahead.wrapping_add(line * LINE)));
                     }
                 }
-                let x: [*const i8; R] = std::array::from_fn(|r| steps.add(r * k + run * RUN));
-                let of_rows: [Run; R] = std::array::from_fn(|r| *runs.add(r * per_row + run));
-                F::run(Meeting { tiles, k, run, x, runs: of_rows }, &mut sums);
+                let (steps, about) = (steps.add(run * RUN), about.add(run));
+                F::run(Meeting { tiles, bytes, k, run, steps, about }, &mut sums);
             }
             for (r, sums) in sums.iter().enumerate() {
                 for (t, sum) in sums.iter().enumerate() {
@@ -161,26 +222,26 @@ unsafe fn halves<L: Lanes>(at: *const u8) -> L {
 /// # Safety
 /// The instruction set of `L` is there.
 #[inline(always)]
-unsafe fn add<L: Lanes>(sum: L, ints: L::Ints, scale: L, of_row: f32) -> L {
+pub(crate) unsafe fn add<L: Lanes>(sum: L, ints: L::Ints, scale: L, of_row: f32) -> L {
     // SAFETY: the caller's. Plus zero: a product that is rounded once.
     unsafe { ints.floats().fma(scale.fma(L::splat(of_row), L::splat(0.0)), sum) }
 }
 
-/// Adds the products of a group's weights and inputs, of which `x` points to the run's.
+/// Adds the products of a group's weights and inputs.
 ///
 /// # Safety
 /// As [`Form::run`].
 #[inline(always)]
 unsafe fn dot<I: Ints, const R: usize, const T: usize>(
-    ints: &mut [[I; T]; R],
+    meeting: Meeting<i8, R, T>,
     w: [I::Line; T],
-    x: [*const i8; R],
     group: usize,
+    ints: &mut [[I; T]; R],
 ) {
     for (r, ints) in ints.iter_mut().enumerate() {
         for (ints, w) in ints.iter_mut().zip(w) {
             // SAFETY: the caller's: a run has so many groups.
-            unsafe { *ints = ints.dot(w, x[r].add(group * GROUP)) };
+            unsafe { *ints = ints.dot(w, meeting.x(r, group * GROUP)) };
         }
     }
 }
@@ -191,18 +252,16 @@ unsafe fn dot<I: Ints, const R: usize, const T: usize>(
 /// As [`Form::run`].
 #[inline(always)]
 unsafe fn add_scaled<L: Lanes, const R: usize, const T: usize>(
-    tiles: [*const u8; T],
-    run: usize,
+    meeting: Meeting<i8, R, T>,
     ints: [[L::Ints; T]; R],
-    runs: [Run; R],
     sums: &mut [[L; T]; R],
 ) {
-    for (t, tile) in tiles.iter().enumerate() {
-        // SAFETY: the caller's.
-        unsafe {
-            let scale = halves::<L>(tile.add(run * SCALES));
+    // SAFETY: the caller's.
+    unsafe {
+        for (t, at) in meeting.at(meeting.run * SCALES).into_iter().enumerate() {
+            let scale = halves::<L>(at);
             for (r, sums) in sums.iter_mut().enumerate() {
-                sums[t] = add(sums[t], ints[r][t], scale, runs[r].scale);
+                sums[t] = add(sums[t], ints[r][t], scale, meeting.about(r).scale);
             }
         }
     }
@@ -212,48 +271,47 @@ unsafe fn add_scaled<L: Lanes, const R: usize, const T: usize>(
 /// values of each kind at the beginning, and then 16 of each for every run.
 ///
 /// # Safety
-/// As [`Form::run`]; `run` is the run's number in the block.
+/// As [`Form::run`].
 #[inline(always)]
 unsafe fn add_scaled_less<L: Lanes, const R: usize, const T: usize>(
-    blocks: [*const u8; T],
-    run: usize,
+    meeting: Meeting<i8, R, T>,
+    bytes: usize,
     ints: [[L::Ints; T]; R],
-    runs: [Run; R],
     sums: &mut [[L; T]; R],
 ) {
-    for (t, block) in blocks.iter().enumerate() {
-        // SAFETY: the caller's.
-        unsafe {
-            let bits = block.add(HEAD + run * SCALES);
-            let scale = L::load_u8(bits).fma(halves(*block), L::splat(0.0));
+    // SAFETY: the caller's.
+    unsafe {
+        for (t, block) in meeting.in_blocks(bytes, 0).into_iter().enumerate() {
+            let bits = block.add(HEAD + meeting.of_block() * SCALES);
+            let scale = L::load_u8(bits).fma(halves(block), L::splat(0.0));
             let min = L::load_u8(bits.add(LANES)).fma(halves(block.add(SCALES)), L::splat(0.0));
             for (r, sums) in sums.iter_mut().enumerate() {
-                sums[t] = min.fma(L::splat(runs[r].sum), add(sums[t], ints[r][t], scale, runs[r].scale));
+                let about = meeting.about(r);
+                sums[t] = min.fma(L::splat(about.sum), add(sums[t], ints[r][t], scale, about.scale));
             }
         }
     }
 }
 
 impl Form for Q8_0 {
+    type Step = i8;
     const BYTES: usize = SCALES + Q8_0::RUN;
 
     #[inline(always)]
-    unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<R, T>, sums: &mut [[L; T]; R]) {
+    unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<i8, R, T>, sums: &mut [[L; T]; R]) {
         // SAFETY: the caller's.
         unsafe {
-            let Meeting { tiles, k, run, x, runs } = meeting;
-            let at = tiles.map(|tile| tile.add(Q8_0::weights(k, run)));
-            let less = meeting.less(128);
-            let mut ints: [[L::Ints; T]; R] = std::array::from_fn(|r| [L::Ints::begin_wide(less[r]); T]);
+            let at = meeting.at(Q8_0::weights(meeting.k, meeting.run));
+            let mut ints: [[L::Ints; T]; R] = std::array::from_fn(|r| [L::Ints::begin_wide(meeting.less(r, 128)); T]);
             for group in 0..RUN / GROUP {
                 let w = at.map(|at| L::Ints::line(at.add(group * LINE)));
                 for (r, ints) in ints.iter_mut().enumerate() {
                     for (ints, w) in ints.iter_mut().zip(w) {
-                        *ints = ints.dot_wide(w, x[r].add(group * GROUP));
+                        *ints = ints.dot_wide(w, meeting.x(r, group * GROUP));
                     }
                 }
             }
-            add_scaled(tiles, run, ints, runs, sums);
+            add_scaled(meeting, ints, sums);
         }
     }
 }
@@ -277,62 +335,61 @@ unsafe fn four_of<L: Lanes>(at: *const u8, group: usize) -> <L::Ints as Ints>::L
 /// As [`Form::run`].
 #[inline(always)]
 unsafe fn four_bits<L: Lanes, const R: usize, const T: usize>(
+    meeting: Meeting<i8, R, T>,
     at: [*const u8; T],
-    x: [*const i8; R],
     ints: &mut [[L::Ints; T]; R],
 ) {
     for pair in 0..RUN / GROUP / 2 {
         // SAFETY: the caller's.
         unsafe {
             let lines = at.map(|at| L::Ints::line(at.add(pair * LINE)));
-            dot(ints, lines.map(|line| L::Ints::low(line)), x, 2 * pair);
-            dot(ints, lines.map(|line| L::Ints::high(line)), x, 2 * pair + 1);
+            dot(meeting, lines.map(|line| L::Ints::low(line)), 2 * pair, ints);
+            dot(meeting, lines.map(|line| L::Ints::high(line)), 2 * pair + 1, ints);
         }
     }
 }
 
 impl Form for Q4_0 {
+    type Step = i8;
     const BYTES: usize = SCALES + Q4_0::RUN;
 
     #[inline(always)]
-    unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<R, T>, sums: &mut [[L; T]; R]) {
+    unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<i8, R, T>, sums: &mut [[L; T]; R]) {
         // SAFETY: the caller's.
         unsafe {
-            let Meeting { tiles, k, run, x, runs } = meeting;
-            let less = meeting.less(8);
-            let mut ints: [[L::Ints; T]; R] = std::array::from_fn(|r| [L::Ints::splat(less[r]); T]);
-            four_bits::<L, R, T>(tiles.map(|tile| tile.add(Q4_0::weights(k, run))), x, &mut ints);
-            add_scaled(tiles, run, ints, runs, sums);
+            let at = meeting.at(Q4_0::weights(meeting.k, meeting.run));
+            let mut ints: [[L::Ints; T]; R] = std::array::from_fn(|r| [L::Ints::splat(meeting.less(r, 8)); T]);
+            four_bits::<L, R, T>(meeting, at, &mut ints);
+            add_scaled(meeting, ints, sums);
         }
     }
 }
 
 impl Form for Q4K {
-    const BYTES: usize = Q4K::BLOCK / 8;
+    type Step = i8;
+    const BYTES: usize = Q4K::BLOCK / RUNS;
 
     #[inline(always)]
-    unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<R, T>, sums: &mut [[L; T]; R]) {
+    unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<i8, R, T>, sums: &mut [[L; T]; R]) {
         // SAFETY: the caller's.
         unsafe {
-            let (blocks, run) = meeting.blocks(Q4K::BLOCK);
-            let Meeting { x, runs, .. } = meeting;
+            let at = meeting.in_blocks(Q4K::BLOCK, Q4K::weights(meeting.of_block()));
             let mut ints = [[L::Ints::splat(0); T]; R];
-            four_bits::<L, R, T>(blocks.map(|block| block.add(Q4K::weights(run))), x, &mut ints);
-            add_scaled_less(blocks, run, ints, runs, sums);
+            four_bits::<L, R, T>(meeting, at, &mut ints);
+            add_scaled_less(meeting, Q4K::BLOCK, ints, sums);
         }
     }
 }
 
 impl Form for Q5K {
-    const BYTES: usize = Q5K::BLOCK / 8;
+    type Step = i8;
+    const BYTES: usize = Q5K::BLOCK / RUNS;
 
     #[inline(always)]
-    unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<R, T>, sums: &mut [[L; T]; R]) {
+    unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<i8, R, T>, sums: &mut [[L; T]; R]) {
         // SAFETY: the caller's.
         unsafe {
-            let (blocks, run) = meeting.blocks(Q5K::BLOCK);
-            let Meeting { x, runs, .. } = meeting;
-            let at = blocks.map(|block| block.add(Q5K::weights(run)));
+            let at = meeting.in_blocks(Q5K::BLOCK, Q5K::weights(meeting.of_block()));
             // One line has the fifth bits of the run: bit g of a byte is of group g.
             let fifths = at.map(|at| L::Ints::line(at.add(RUN / GROUP / 2 * LINE)));
             let mut ints = [[L::Ints::splat(0); T]; R];
@@ -342,40 +399,44 @@ impl Form for Q5K {
                 for (w, at) in w.iter_mut().zip(at) {
                     *w = L::Ints::fifth(four_of::<L>(at, group), *w, group);
                 }
-                dot(&mut ints, w, x, group);
+                dot(meeting, w, group, &mut ints);
             }
-            add_scaled_less(blocks, run, ints, runs, sums);
+            add_scaled_less(meeting, Q5K::BLOCK, ints, sums);
         }
     }
 }
 
 impl Form for Q6K {
-    const BYTES: usize = Q6K::BLOCK / 8;
+    type Step = i8;
+    const BYTES: usize = Q6K::BLOCK / RUNS;
+    // Two ask for more registers than there are.
+    const ALONE: usize = usize::MAX;
 
     #[inline(always)]
-    unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<R, T>, sums: &mut [[L; T]; R]) {
+    unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<i8, R, T>, sums: &mut [[L; T]; R]) {
         // SAFETY: the caller's.
         unsafe {
-            let (blocks, run) = meeting.blocks(Q6K::BLOCK);
-            let Meeting { x, runs, .. } = meeting;
-            let at = blocks.map(|block| block.add(Q6K::weights(run)));
+            let (blocks, run) = (meeting.in_blocks(Q6K::BLOCK, 0), meeting.of_block());
+            let at = meeting.in_blocks(Q6K::BLOCK, Q6K::weights(run));
             // Each half of the run has a scale, and a line with the upper two bits of its four groups.
             for half in 0..2 {
                 let uppers = at.map(|at| L::Ints::line(at.add((RUN / GROUP / 2 + half) * LINE)));
-                let begin = |r: usize| L::Ints::splat(runs[r].sums[half].wrapping_mul(-32));
-                let mut ints: [[L::Ints; T]; R] = std::array::from_fn(|r| [begin(r); T]);
+                let mut ints = [[L::Ints::splat(0); T]; R];
+                for (r, ints) in ints.iter_mut().enumerate() {
+                    *ints = [L::Ints::splat(meeting.about(r).sums[half].wrapping_mul(-32)); T];
+                }
                 for group in 0..RUN / GROUP / 2 {
                     let mut w = uppers;
                     for (w, at) in w.iter_mut().zip(at) {
                         *w = L::Ints::sixth(four_of::<L>(at, 4 * half + group), *w, group);
                     }
-                    dot(&mut ints, w, x, 4 * half + group);
+                    dot(meeting, w, 4 * half + group, &mut ints);
                 }
                 for (t, block) in blocks.iter().enumerate() {
                     let bits = block.add(HEAD + run * SCALES + half * LANES).cast::<i8>();
                     let scale = L::load_i8(bits).fma(halves(*block), L::splat(0.0));
                     for (r, sums) in sums.iter_mut().enumerate() {
-                        sums[t] = add(sums[t], ints[r][t], scale, runs[r].scale);
+                        sums[t] = add(sums[t], ints[r][t], scale, meeting.about(r).scale);
                     }
                 }
             }

@@ -25,7 +25,7 @@ use crate::simd::LANES;
 
 /// Inputs of a large block, and its runs.
 const BLOCK: usize = 256;
-const RUNS: usize = BLOCK / RUN;
+pub(crate) const RUNS: usize = BLOCK / RUN;
 
 /// Bytes of the scales of a run: an f16, or two of eight bits or less, for each output.
 pub(crate) const SCALES: usize = 2 * LANES;
@@ -356,12 +356,9 @@ pub(crate) fn read(form: Quantization, tile: &[u8], column: usize, out: &mut [f3
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::matmul;
     use crate::packed::{Kept, Packed, Part};
     use crate::pool::Pool;
-    use crate::rounded::Rounded;
-    use crate::simd::Isa;
-    use crate::testing::{bytes, values};
+    use crate::testing::{bytes, check_products, values};
 
     /// What candle widens its blocks to.
     fn widened(form: Quantization, values: &[f32]) -> Vec<f32> {
@@ -390,37 +387,7 @@ mod tests {
                     packed.row(i, &mut row);
                     assert_eq!(row, wide[i * k..][..k], "{form:?} row {i}");
                 }
-                let mut want = vec![0.0; m * n];
-                matmul(&mut Pool::new(1), Isa::Scalar, &x, &packed, &mut want);
-                let mut rounded = Rounded::default();
-                rounded.fill(&mut Pool::new(1), Isa::Scalar, &x);
-                let stepped: Vec<f64> = rounded
-                    .steps
-                    .iter()
-                    .enumerate()
-                    .map(|(i, q)| f64::from(*q) * f64::from(rounded.runs[i / RUN].scale))
-                    .collect();
-                for (i, got) in want.iter().enumerate() {
-                    let pairs = stepped[i / n * k..][..k].iter().zip(&wide[i % n * k..][..k]);
-                    let (exact, size) = pairs.fold((0.0, 0.0), |(sum, size), (x, w)| {
-                        let product = x * f64::from(*w);
-                        (sum + product, size + product.abs())
-                    });
-                    assert!(
-                        (f64::from(*got) - exact).abs() < 2e-6 * size,
-                        "{form:?} {i} of {m}x{n}x{k}: {got} {exact}"
-                    );
-                }
-                for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
-                    for rows in 1..=m.min(8) {
-                        let mut got = vec![0.0; rows * n];
-                        matmul(&mut Pool::new(2), isa, &x[..rows * k], &packed, &mut got);
-                        assert_eq!(got, want[..rows * n], "{form:?} {isa:?} {rows}x{n}x{k}");
-                    }
-                    let mut got = vec![0.0; m * n];
-                    matmul(&mut Pool::new(3), isa, &x, &packed, &mut got);
-                    assert_eq!(got, want, "{form:?} {isa:?} {m}x{n}x{k}");
-                }
+                check_products::<i8>(&x, &packed, &wide);
             }
         }
     }

@@ -1,8 +1,9 @@
-//! Activations rounded to eight bits, for products with weights of few bits.
+//! Activations rounded to whole steps, for products of whole numbers: of eight bits beside weights of few, of fifteen beside those in
+//! [`crate::block_float`].
 //!
-//! Each run of [`RUN`] inputs of a row has a scale of its own, the largest magnitude over 127; a value is the nearest multiple, ties to
-//! even. A row is rounded by itself, alone or among others. llama.cpp rounds to the same steps, with scales in f16 or one for
-//! every 256 inputs.
+//! Each run of [`RUN`] inputs of a row has a scale of its own, the largest magnitude over the most steps there are; a value is the
+//! nearest multiple, ties to even. A row is rounded by itself, alone or among others. llama.cpp rounds to the same eight bits, with
+//! scales in f16 or one for every 256 inputs.
 
 #![expect(unsafe_code, reason = "tasks write disjoint rows of one buffer")]
 
@@ -19,6 +20,30 @@ const TASK: usize = 1 << 16;
 /// Magnitudes below it count as zero: their reciprocal would not be finite.
 const TINY: f32 = 1e-30;
 
+/// Whole numbers that values are rounded to.
+pub(crate) trait Step: Copy + Default + Send + Sync {
+    /// The largest.
+    const MOST: f32;
+    /// A whole number that is no larger.
+    fn of(whole: i32) -> Self;
+}
+
+impl Step for i8 {
+    const MOST: f32 = 127.0;
+    #[inline(always)]
+    fn of(whole: i32) -> Self {
+        whole as Self
+    }
+}
+
+impl Step for i16 {
+    const MOST: f32 = 16383.0;
+    #[inline(always)]
+    fn of(whole: i32) -> Self {
+        whole as Self
+    }
+}
+
 /// What the kernels ask of a run.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 #[repr(C)]
@@ -33,16 +58,16 @@ pub(crate) struct Run {
 
 /// Rows of activations: `[rows, k]` steps and `[rows, k / 32]` runs.
 #[derive(Default)]
-pub(crate) struct Rounded {
-    pub(crate) steps: Vec<i8>,
+pub(crate) struct Rounded<S> {
+    pub(crate) steps: Vec<S>,
     pub(crate) runs: Vec<Run>,
 }
 
-impl Rounded {
+impl<S: Step> Rounded<S> {
     /// Rounds rows of values, a multiple of 32 each.
     pub(crate) fn fill(&mut self, pool: &mut Pool, isa: Isa, x: &[f32]) {
         // What is in there from earlier products is written before it is read.
-        self.steps.resize(x.len(), 0);
+        self.steps.resize(x.len(), S::default());
         self.runs.resize(x.len() / RUN, Run::default());
         let (steps, runs) = (SharedOut::new(&mut self.steps), SharedOut::new(&mut self.runs));
         pool.run(x.len().div_ceil(TASK), &|task| {
@@ -54,49 +79,38 @@ impl Rounded {
     }
 }
 
-struct Round<'a> {
+struct Round<'a, S> {
     x: &'a [f32],
-    steps: &'a mut [i8],
+    steps: &'a mut [S],
     runs: &'a mut [Run],
 }
 
-impl Body for Round<'_> {
+impl<S: Step> Body for Round<'_, S> {
     #[inline(always)]
     fn run(self) {
         // Adding it rounds to a whole number, ties to even, which then stands in the lowest bits.
         const ROUND: f32 = 12_582_912.0;
+        const MAGNITUDE: u32 = 0x7fff_ffff;
         let (x, _) = self.x.as_chunks::<RUN>();
         let (steps, _) = self.steps.as_chunks_mut::<RUN>();
         for ((x, steps), run) in x.iter().zip(steps).zip(self.runs) {
-            let (mut highs, mut poison) = ([0f32; 16], [0f32; 16]);
-            for half in x.as_chunks::<16>().0 {
-                for ((high, poison), x) in highs.iter_mut().zip(&mut poison).zip(half) {
-                    let x = x.abs();
-                    *high = if x > *high { x } else { *high };
-                    // Zero, unless it is infinite or not a number.
-                    *poison += x * 0.0;
-                }
-            }
-            let mut width = 8;
-            while width > 0 {
-                for i in 0..width {
-                    highs[i] = if highs[i + width] > highs[i] { highs[i + width] } else { highs[i] };
-                    poison[i] += poison[i + width];
-                }
-                width /= 2;
-            }
-            let high = highs[0];
-            let (scale, inverse) = if high > TINY { (high / 127.0, 127.0 / high) } else { (0.0, 0.0) };
+            // Magnitudes are in the order of their bits, with what is no number above all others.
+            let high = x.iter().fold(0, |high, x| (x.to_bits() & MAGNITUDE).max(high));
+            let high = f32::from_bits(high);
+            let (scale, inverse) = if high > TINY { (high / S::MOST, S::MOST / high) } else { (0.0, 0.0) };
             let mut sums = [0i32; 2];
             for ((x, steps), sum) in x.as_chunks::<16>().0.iter().zip(steps.as_chunks_mut::<16>().0).zip(&mut sums) {
-                for (x, step) in x.iter().zip(steps) {
+                let mut whole = [0i32; 16];
+                for (whole, x) in whole.iter_mut().zip(x) {
                     let bits = (x * inverse + ROUND).to_bits().cast_signed();
-                    let whole = bits.wrapping_sub(ROUND.to_bits().cast_signed());
-                    *step = whole as i8;
-                    *sum = sum.wrapping_add(whole);
+                    *whole = bits.wrapping_sub(ROUND.to_bits().cast_signed());
                 }
+                for (step, whole) in steps.iter_mut().zip(whole) {
+                    *step = S::of(whole);
+                }
+                *sum = whole.into_iter().fold(0, i32::wrapping_add);
             }
-            let scale = scale + poison[0];
+            let scale = if high < f32::INFINITY { scale } else { f32::NAN };
             let sum = sums[0].wrapping_add(sums[1]) as f32;
             *run = Run { scale, sum: scale * sum, sums };
         }
@@ -108,34 +122,44 @@ mod tests {
     use super::*;
     use crate::testing::values;
 
-    fn rounded(isa: Isa, threads: usize, x: &[f32]) -> Rounded {
+    fn rounded<S: Step>(isa: Isa, threads: usize, x: &[f32]) -> Rounded<S> {
         let mut out = Rounded::default();
         out.fill(&mut Pool::new(threads), isa, x);
         out
     }
 
-    #[test]
-    fn values_are_the_nearest_steps_on_every_isa() {
+    fn check<S: Step + Into<f32> + PartialEq>() {
         let mut x = values(5, 3 * TASK + 64);
         x[40..64].fill(0.0);
         x[64..96].fill(0.0);
-        // Ties go to even: of 127 steps, 2.5 and 3.5.
-        x[96..128].fill(1.0);
-        (x[97], x[98]) = (2.5 / 127.0, -3.5 / 127.0);
-        let want = rounded(Isa::Scalar, 1, &x);
+        let want = rounded::<S>(Isa::Scalar, 1, &x);
         for ((x, steps), run) in x.chunks(RUN).zip(want.steps.chunks(RUN)).zip(&want.runs) {
             for (x, step) in x.iter().zip(steps) {
-                assert!((x - f32::from(*step) * run.scale).abs() <= run.scale * 0.500_01, "{x} {step} {}", run.scale);
+                assert!((x - (*step).into() * run.scale).abs() <= run.scale * 0.503);
             }
-            let sums = [&steps[..16], &steps[16..]].map(|half| half.iter().map(|step| i32::from(*step)).sum::<i32>());
-            assert_eq!(run.sums, sums);
-            assert_eq!(run.sum, (sums[0] + sums[1]) as f32 * run.scale);
+            let sums = [&steps[..16], &steps[16..]].map(|half| half.iter().map(|step| (*step).into()).sum::<f32>());
+            assert_eq!(run.sums.map(|sum| sum as f32), sums);
+            assert_eq!(run.sum, (sums[0] + sums[1]) * run.scale);
         }
-        assert_eq!((want.runs[2], want.steps[97], want.steps[98]), (Run::default(), 2, -4));
+        assert_eq!(want.runs[2], Run::default());
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
-            let got = rounded(isa, 3, &x);
+            let got = rounded::<S>(isa, 3, &x);
             assert!(got.steps == want.steps && got.runs == want.runs, "{isa:?}");
         }
+    }
+
+    #[test]
+    fn values_are_the_nearest_steps_on_every_isa() {
+        check::<i8>();
+        check::<i16>();
+    }
+
+    #[test]
+    fn ties_go_to_even() {
+        // Of 127 steps, 2.5 and 3.5.
+        let mut x = [1.0; RUN];
+        (x[1], x[2]) = (2.5 / 127.0, -3.5 / 127.0);
+        assert_eq!(rounded::<i8>(Isa::Scalar, 1, &x).steps[1..3], [2, -4]);
     }
 
     #[test]
@@ -144,7 +168,7 @@ mod tests {
             for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
                 let mut x = values(6, 96);
                 x[50] = bad;
-                let runs = rounded(isa, 1, &x).runs;
+                let runs = rounded::<i8>(isa, 1, &x).runs;
                 assert!(runs[0].scale.is_finite() && runs[1].scale.is_nan() && runs[2].scale.is_finite());
             }
         }

@@ -114,6 +114,11 @@ pub trait Lanes: Copy {
     /// # Safety
     /// `at` points to 16 values.
     unsafe fn load_u8(at: *const u8) -> Self;
+    /// Two to the power of each of sixteen bytes less 127, which are below 255; zero for a byte of zero.
+    ///
+    /// # Safety
+    /// `at` points to 16 values.
+    unsafe fn load_powers(at: *const u8) -> Self;
     /// Asks for the line of memory at `at`, which need not exist.
     fn fetch(at: *const u8);
     /// Writes all lanes.
@@ -176,6 +181,11 @@ impl Lanes for [f32; LANES] {
     unsafe fn load_u8(at: *const u8) -> Self {
         // SAFETY: the caller's.
         std::array::from_fn(|i| unsafe { f32::from(*at.add(i)) })
+    }
+    #[inline(always)]
+    unsafe fn load_powers(at: *const u8) -> Self {
+        // SAFETY: the caller's.
+        std::array::from_fn(|i| unsafe { f32::from_bits(u32::from(*at.add(i)) << 23) })
     }
     #[inline(always)]
     unsafe fn store(self, at: *mut f32) {
@@ -258,6 +268,14 @@ mod x86 {
             unsafe { wide512(_mm_loadu_si128(at.cast())) }
         }
         #[inline(always)]
+        unsafe fn load_powers(at: *const u8) -> Self {
+            // SAFETY: the caller's.
+            unsafe {
+                let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(at.cast()));
+                _mm512_castsi512_ps(_mm512_slli_epi32::<23>(bytes))
+            }
+        }
+        #[inline(always)]
         unsafe fn store(self, at: *mut f32) {
             // SAFETY: the caller's.
             unsafe { _mm512_storeu_ps(at, self) }
@@ -300,6 +318,15 @@ mod x86 {
         unsafe fn load_u8(at: *const u8) -> Self {
             // SAFETY: the caller's.
             unsafe { wide256(_mm_loadu_si128(at.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn load_powers(at: *const u8) -> Self {
+            // SAFETY: the caller's.
+            unsafe {
+                let bytes = _mm_loadu_si128(at.cast());
+                let (a, b) = (_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(bytes)));
+                [_mm256_castsi256_ps(_mm256_slli_epi32::<23>(a)), _mm256_castsi256_ps(_mm256_slli_epi32::<23>(b))]
+            }
         }
         #[inline(always)]
         unsafe fn store(self, at: *mut f32) {

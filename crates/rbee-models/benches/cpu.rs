@@ -164,6 +164,7 @@ fn main() {
         kv_bytes: None,
         kv_type: None,
         quantize: None,
+        exact: std::env::var("RBEE_EXACT").is_ok_and(|exact| exact == "1"),
         isa: std::env::var("RBEE_ISA").ok(),
     };
     let mut session = Session::open(Path::new(file), &options, flag("--chunk").unwrap_or(PREFILL_CHUNK));

@@ -219,6 +219,7 @@ fn main() {
         kv_bytes: None,
         kv_type: flag("--kv-type").map(|kind| kind.parse().unwrap()),
         quantize: flag("--quantize").map(|form| form.parse().unwrap()),
+        exact: std::env::var("RBEE_EXACT").is_ok_and(|exact| exact == "1"),
         isa: std::env::var("RBEE_ISA").ok(),
     };
     let shape = SHAPES.iter().find(|shape| shape.name == name).expect("--shape is 135m, 360m or 1.1b");

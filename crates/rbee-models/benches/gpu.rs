@@ -68,6 +68,7 @@ fn measure(folder: &Path, shape: &Shape) -> Result<(), Error> {
         kv_bytes: None,
         kv_type: None,
         quantize: None,
+        exact: false,
         isa: None,
     };
     let (files, before) = (ModelFiles::folder(folder)?, Instant::now());

@@ -22,8 +22,10 @@ pub(crate) struct Matrix {
 /// What a matrix is for, where that decides how many bits it is kept with.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Role {
-    /// Embedding or head.
-    Vocabulary,
+    /// Has a row for each token, and is not multiplied.
+    Embedding,
+    /// Makes the logits; the embedding's rows too, if that is the same.
+    Head,
     /// Picks experts.
     Router,
     /// All others.
@@ -87,17 +89,17 @@ pub(crate) struct GatedPlan {
 impl Plan {
     /// The plan of a config's architecture.
     pub(crate) fn of(config: &ModelConfig) -> Self {
-        let vocabulary = |name: &str| Matrix {
+        let vocabulary = |name: &str, role| Matrix {
             parts: vec![(name.to_owned(), config.vocab)],
             inputs: config.hidden,
             biased: false,
-            role: Role::Vocabulary,
+            role,
         };
         Self {
-            embedding: vocabulary("model.embed_tokens.weight"),
+            embedding: vocabulary("model.embed_tokens.weight", if config.tied { Role::Head } else { Role::Embedding }),
             layers: config.layers.iter().enumerate().map(|(i, layer)| LayerPlan::of(config, i, layer)).collect(),
             norm: NormPlan { name: "model.norm.weight".into(), len: config.hidden },
-            head: (!config.tied).then(|| vocabulary("lm_head.weight")),
+            head: (!config.tied).then(|| vocabulary("lm_head.weight", Role::Head)),
         }
     }
 

@@ -13,7 +13,8 @@ use crate::arch::Plan;
 use crate::error::Error;
 use crate::files::{ModelFiles, WeightBytes};
 use crate::loader::Opened;
-use crate::weights::{Pairs, Place, Quantize, WeightFile, Weights};
+use crate::runner::RunnerOptions;
+use crate::weights::{Pairs, Place, WeightFile, Weights};
 
 /// What `read` makes of the metadata, which are those of the first file; `None` for files of another kind.
 ///
@@ -31,7 +32,7 @@ fn mapped(files: &ModelFiles, name: &str) -> Result<WeightBytes, Error> {
 }
 
 /// Reads and checks everything but the weights themselves.
-pub(crate) fn open(files: &ModelFiles, names: &[String], quantize: Option<Quantize>) -> Result<Opened, Error> {
+pub(crate) fn open(files: &ModelFiles, names: &[String], options: &RunnerOptions) -> Result<Opened, Error> {
     let bytes: Vec<WeightBytes> = names.iter().map(|name| mapped(files, name)).collect::<Result<_, _>>()?;
     let mut ggufs = Vec::with_capacity(names.len());
     for (name, bytes) in names.iter().zip(&bytes) {
@@ -54,7 +55,7 @@ pub(crate) fn open(files: &ModelFiles, names: &[String], quantize: Option<Quanti
     let files = names.iter().zip(bytes).zip(headers);
     let files =
         files.map(|((name, bytes), header)| WeightFile { name: name.clone(), header: header.min(bytes.len()), bytes });
-    let weights = Weights { files: files.collect(), tensors, quantize };
+    let weights = Weights::new(files.collect(), tensors, options);
     Ok(Opened { config, generation: GenerationDefaults::default(), plan, weights })
 }
 

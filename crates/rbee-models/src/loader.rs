@@ -23,7 +23,7 @@ use crate::gguf;
 use crate::kv::{KvType, bytes_per_token};
 use crate::mlp::{Experts, Gated, MlpLayer};
 use crate::runner::RunnerOptions;
-use crate::weights::{Place, Quantize, WeightFile, Weights};
+use crate::weights::{Place, WeightFile, Weights};
 
 const SINGLE: &str = "model.safetensors";
 
@@ -72,10 +72,10 @@ impl Kind {
 }
 
 /// Reads and checks everything but the weights themselves.
-pub(crate) fn open(files: &ModelFiles, quantize: Option<Quantize>) -> Result<Opened, Error> {
+pub(crate) fn open(files: &ModelFiles, options: &RunnerOptions) -> Result<Opened, Error> {
     let opened = match files {
-        ModelFiles::Gguf { names, .. } => gguf::open(files, names, quantize)?,
-        ModelFiles::Folder(_) | ModelFiles::Builtin(_) => open_folder(files, quantize)?,
+        ModelFiles::Gguf { names, .. } => gguf::open(files, names, options)?,
+        ModelFiles::Folder(_) | ModelFiles::Builtin(_) => open_folder(files, options)?,
     };
     for (file, ids) in [("generation_config.json", &opened.generation.eos), ("its config", &opened.config.eos)] {
         if let Some(id) = ids.iter().find(|id| **id as usize >= opened.config.vocab) {
@@ -86,7 +86,7 @@ pub(crate) fn open(files: &ModelFiles, quantize: Option<Quantize>) -> Result<Ope
     Ok(opened)
 }
 
-fn open_folder(files: &ModelFiles, quantize: Option<Quantize>) -> Result<Opened, Error> {
+fn open_folder(files: &ModelFiles, options: &RunnerOptions) -> Result<Opened, Error> {
     let config = ModelConfig::parse(&files.required("config.json")?)?;
     let generation = match files.small("generation_config.json")? {
         Some(bytes) => GenerationDefaults::parse(&bytes)?,
@@ -95,7 +95,7 @@ fn open_folder(files: &ModelFiles, quantize: Option<Quantize>) -> Result<Opened,
     let (files_read, indexes) = headers(files)?;
     let plan = Plan::of(&config);
     let tensors = places(plan.tensors(), |name| is_spare(&config, name), &files_read, indexes)?;
-    Ok(Opened { config, generation, plan, weights: Weights { files: files_read, tensors, quantize } })
+    Ok(Opened { config, generation, plan, weights: Weights::new(files_read, tensors, options) })
 }
 
 /// The weight files of a folder and their checked headers.
@@ -170,7 +170,7 @@ pub fn inspect(files: &ModelFiles, options: &RunnerOptions) -> Result<Needs, Err
     if Kind::of(files)? == Kind::Encoder {
         return encoder::runner::inspect(files, options);
     }
-    let opened = open(files, options.quantize)?;
+    let opened = open(files, options)?;
     let context = opened.context(options.context)?;
     let kv_type = opened.kv_type(options.kv_type);
     Ok(opened.needs(context, opened.kv_blocks(context, options, bytes_per_token(&opened.config, kv_type))?, kv_type))

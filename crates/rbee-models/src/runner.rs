@@ -7,6 +7,8 @@ use rbee_engine::runner::{
     Logits, ModelLimits, ModelRunner, Reading, Regime, RunnerError, StepBatch, StepCounter, Wanted,
 };
 use rbee_kernels::Isa;
+#[cfg(doc)]
+use rbee_kernels::Kept;
 use rbee_kernels::attention::{BLOCK, PARTIAL};
 use rbee_kernels::compute::Compute;
 use rbee_kernels::kv_form::{KvForm, Q8Kv};
@@ -21,7 +23,7 @@ use crate::loader::{self, Opened};
 use crate::weights::Quantize;
 
 /// Rises with every change of the arithmetic: it is part of the numerics id.
-const NUMERICS: u32 = 4;
+const NUMERICS: u32 = 5;
 
 /// Most compute threads.
 const MAX_THREADS: usize = 1024;
@@ -41,6 +43,9 @@ pub struct RunnerOptions {
     pub kv_type: Option<KvType>,
     /// Keeps the matrices with fewer bits than the files have.
     pub quantize: Option<Quantize>,
+    /// Multiplies weights of bf16 with activations as they are, in f32, which takes twice as long: what the products of
+    /// [`Kept::BlockFloat`] are measured against.
+    pub exact: bool,
     /// Instruction set to use instead of the widest: `avx512`, `avx2` or `scalar`.
     pub isa: Option<String>,
 }
@@ -78,7 +83,7 @@ pub fn load(
 ) -> Result<CpuRunner, Error> {
     let isa = isa(options.isa.as_deref())?;
     let threads = threads(options)?;
-    let opened: Opened = loader::open(files, options.quantize)?;
+    let opened: Opened = loader::open(files, options)?;
     let context = opened.context(options.context)?;
     let kv_type = opened.kv_type(options.kv_type);
     let blocks = opened.kv_blocks(context, options, bytes_per_token(&opened.config, kv_type))?;
@@ -94,7 +99,7 @@ pub fn load(
         KvType::Q8_0 => Kv::Q8_0(Mutex::new(KvStore::new(&config, blocks)?)),
     };
     // All instruction sets give the same bits, so none is part of the id.
-    let numerics = format!("{NUMERICS} {:?} {kv_type:?} {PARTIAL}", options.quantize);
+    let numerics = format!("{NUMERICS} {:?} {} {kv_type:?} {PARTIAL}", options.quantize, options.exact);
     let about = About::new(&config, generation, needs, digest, &numerics);
     Ok(CpuRunner {
         limits: ModelLimits {

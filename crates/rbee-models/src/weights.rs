@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 use crate::arch::{Matrix, Role};
 use crate::error::Error;
 use crate::files::WeightBytes;
+use crate::runner::RunnerOptions;
 
 /// Weight files up to this long go into the digest whole.
 const WHOLE: usize = 64 << 20;
@@ -51,6 +52,7 @@ pub(crate) struct Weights {
     pub(crate) files: Vec<WeightFile>,
     pub(crate) tensors: HashMap<String, Place>,
     pub(crate) quantize: Option<Quantize>,
+    exact: bool,
 }
 
 /// A file of weights.
@@ -95,6 +97,10 @@ impl Pairs {
 }
 
 impl Weights {
+    pub(crate) fn new(files: Vec<WeightFile>, tensors: HashMap<String, Place>, options: &RunnerOptions) -> Self {
+        Self { files, tensors, quantize: options.quantize, exact: options.exact }
+    }
+
     pub(crate) fn place(&self, name: &str) -> Place {
         *self.tensors.get(name).expect("all tensors of the plan were found when the files were opened")
     }
@@ -123,11 +129,20 @@ impl Weights {
         matrix.inputs.is_multiple_of(form.block()).then_some(form)
     }
 
+    /// What a part of a matrix is kept in if no fewer bits are asked for. A router's weights and an embedding's alone stay as they are.
+    fn own(&self, matrix: &Matrix, name: &str) -> Kept {
+        let multiplied = matches!(matrix.role, Role::Head | Role::Inner);
+        match self.place(name).kind.kept() {
+            Kept::Bf16 if multiplied && !self.exact && matrix.inputs.is_multiple_of(Kept::RUN) => Kept::BlockFloat,
+            own => own,
+        }
+    }
+
     /// What each part of a matrix is kept in: with the fewer bits of what its file has and what is asked for.
     fn kept<'a>(&'a self, matrix: &'a Matrix) -> impl Iterator<Item = Kept> + 'a {
         let asked = self.quantization(matrix).map(Kept::Quantized);
         matrix.parts.iter().map(move |(name, outputs)| {
-            let own = self.place(name).kind.kept();
+            let own = self.own(matrix, name);
             let bytes = |kept: &Kept| Kept::bytes(&[(*kept, *outputs as u64)], matrix.inputs as u64);
             asked.filter(|asked| bytes(asked) < bytes(&own)).unwrap_or(own)
         })

@@ -101,6 +101,7 @@ fn options(load: &LoadOptions, kv_bytes: Option<u64>) -> Result<RunnerOptions, E
         kv_bytes,
         kv_type: named(load.kv_type.as_deref())?,
         quantize: named(load.quantize.as_deref())?,
+        exact: std::env::var("RBEE_EXACT").is_ok_and(|exact| exact == "1"),
         isa: std::env::var("RBEE_ISA").ok(),
     })
 }

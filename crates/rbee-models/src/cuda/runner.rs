@@ -93,7 +93,7 @@ impl Plan {
 /// # Errors
 /// When the files cannot be read or are damaged, or ask for what the GPU's kernels do not do.
 pub fn inspect_cuda(files: &ModelFiles, options: &RunnerOptions) -> Result<Needs, Error> {
-    Ok(Plan::of(&loader::open(files, options.quantize)?, options)?.needs)
+    Ok(Plan::of(&loader::open(files, options)?, options)?.needs)
 }
 
 /// Loads a model to a GPU. `steps` advances with each step; `progress` is told bytes done and bytes in all.
@@ -107,7 +107,7 @@ pub fn load_cuda(
     steps: &StepCounter,
     progress: &dyn Fn(u64, u64),
 ) -> Result<CudaRunner, Error> {
-    let opened = loader::open(files, options.quantize)?;
+    let opened = loader::open(files, options)?;
     let Plan { dims, room, blocks, needs } = Plan::of(&opened, options)?;
     if !opened.is_bf16() {
         tracing::warn!("weights of other types are rounded to bf16 on a GPU");

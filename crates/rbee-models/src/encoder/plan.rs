@@ -19,7 +19,7 @@ use crate::error::Error;
 use crate::files::ModelFiles;
 use crate::loader::{headers, places};
 use crate::runner::RunnerOptions;
-use crate::weights::{Quantize, Weights};
+use crate::weights::Weights;
 
 /// Tokens of a step that memory is counted for.
 const STEP_TOKENS: u64 = 512;
@@ -78,7 +78,7 @@ impl Plan {
         Self {
             words: Matrix {
                 biased: false,
-                role: Role::Vocabulary,
+                role: Role::Embedding,
                 ..matrix(&[(format!("{prefix}embeddings.word_embeddings"), config.vocab)], hidden)
             },
             positions: (format!("{prefix}embeddings.position_embeddings.weight"), config.positions),
@@ -135,7 +135,7 @@ pub(crate) struct Opened {
 }
 
 /// Reads and checks everything but the weights themselves.
-pub(crate) fn open(files: &ModelFiles, quantize: Option<Quantize>) -> Result<Opened, Error> {
+pub(crate) fn open(files: &ModelFiles, options: &RunnerOptions) -> Result<Opened, Error> {
     let config = EncoderConfig::parse(&files.required("config.json")?)?;
     let embedding = match files.small(sentence::MODULES)? {
         None => Embedding::default(),
@@ -160,7 +160,7 @@ pub(crate) fn open(files: &ModelFiles, quantize: Option<Quantize>) -> Result<Ope
     let has = |name: &str| indexes.iter().any(|index: &Index| index.tensors.contains_key(name));
     let (plan, prefix) = (Plan::of(&config, has), prefix(&config, &has));
     let tensors = places(plan.tensors(config.hidden), |name| is_spare(prefix, name), &files_read, indexes)?;
-    Ok(Opened { config, embedding, longest, plan, weights: Weights { files: files_read, tensors, quantize } })
+    Ok(Opened { config, embedding, longest, plan, weights: Weights::new(files_read, tensors, options) })
 }
 
 impl Opened {

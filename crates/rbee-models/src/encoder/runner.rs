@@ -41,12 +41,15 @@ pub fn load_encoder(
     let isa = isa(options.isa.as_deref())?;
     let threads = threads(options)?;
     Opened::check(options)?;
-    let opened = open(files, options.quantize)?;
+    let opened = open(files, options)?;
     let context = opened.context(options.context)?;
     let encoder = opened.encoder(context, &Compute::new(threads, isa), progress)?;
     let (needs, digest) = (opened.needs(context), opened.weights.digest());
     let Opened { config, embedding, .. } = opened;
-    let numerics = format!("encoder {NUMERICS} {:?} {PARTIAL} {digest} {config:?} {embedding:?}", options.quantize);
+    let numerics = format!(
+        "encoder {NUMERICS} {:?} {} {PARTIAL} {digest} {config:?} {embedding:?}",
+        options.quantize, options.exact
+    );
     let about = About {
         generation: GenerationDefaults::default(),
         unknown_keys: config.unknown.clone(),
@@ -62,7 +65,7 @@ pub fn load_encoder(
 /// What an encoder needs in memory, from its headers alone.
 pub(crate) fn inspect(files: &ModelFiles, options: &RunnerOptions) -> Result<Needs, Error> {
     Opened::check(options)?;
-    let opened = open(files, options.quantize)?;
+    let opened = open(files, options)?;
     Ok(opened.needs(opened.context(options.context)?))
 }
 

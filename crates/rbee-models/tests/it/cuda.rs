@@ -11,7 +11,7 @@ use rbee_models::{
 use serde_json::json;
 
 use crate::families::{all, changed, golden};
-use crate::support::{argmax, blocks, followed, logits, options, runner, tinybee, with_kv};
+use crate::support::{argmax, blocks, exact, followed, logits, options, runner, tinybee, with_kv};
 
 /// Root of the mean square of the errors of a row of logits, as a part of that of the row: bf16 keeps 8 bits of every
 /// activation. The random weights of the fixtures make more of it than those of trained models.
@@ -54,7 +54,7 @@ fn size(values: impl Iterator<Item = f32>) -> f32 {
 /// The errors of all rows, as parts of their lengths, ascending, and how many tokens differ where the two likeliest are well
 /// apart.
 fn compare(fixture: &Path, runner: &mut CudaRunner) -> (Vec<f32>, usize) {
-    let mut reference = crate::support::runner(fixture, &RunnerOptions { slots: 1, ..with_kv(KvType::F32) });
+    let mut reference = crate::support::runner(fixture, &RunnerOptions { slots: 1, ..exact() });
     let (mut errors, mut wrong) = (Vec::new(), 0);
     for case in golden(fixture).cases {
         let want = followed(&mut reference, &case.prompt, &case.greedy);

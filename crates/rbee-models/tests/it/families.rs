@@ -8,8 +8,8 @@ use rbee_models::{KvType, ModelFiles, Quantize, RunnerOptions, inspect};
 use serde::Deserialize;
 use serde_json::{Value, json};
 
-use crate::reference::{TOLERANCE, fixtures};
-use crate::support::{argmax, blocks, followed, logits, runner, tinybee, with_kv};
+use crate::reference::{ROUNDED, TOLERANCE, fixtures};
+use crate::support::{argmax, blocks, exact, followed, logits, runner, tinybee, with_kv};
 
 #[derive(Deserialize)]
 pub struct Golden {
@@ -42,9 +42,9 @@ pub fn golden(fixture: &Path) -> Golden {
 }
 
 /// The largest error of any logit, and how many of the clear tokens are wrong.
-fn compare(model: &Path, fixture: &Path) -> (f32, usize) {
+fn compare(model: &Path, fixture: &Path, options: RunnerOptions) -> (f32, usize) {
     let golden = golden(fixture);
-    let mut runner = runner(model, &RunnerOptions { threads: 2, slots: 1, ..with_kv(KvType::F32) });
+    let mut runner = runner(model, &RunnerOptions { threads: 2, slots: 1, ..options });
     let (mut worst, mut wrong) = (0f32, 0);
     for case in &golden.cases {
         assert!(case.clear >= 40 && case.greedy.len() == 64);
@@ -61,8 +61,10 @@ fn compare(model: &Path, fixture: &Path) -> (f32, usize) {
 #[test]
 fn every_architecture_agrees_with_the_reference() {
     for fixture in all() {
-        let (worst, wrong) = compare(&fixture, &fixture);
-        assert!(worst <= TOLERANCE && wrong == 0, "{}: error {worst}, {wrong} tokens differ", fixture.display());
+        for (options, tolerance) in [(exact(), TOLERANCE), (with_kv(KvType::F32), ROUNDED)] {
+            let (worst, wrong) = compare(&fixture, &fixture, options);
+            assert!(worst <= tolerance && wrong == 0, "{}: error {worst}, {wrong} tokens differ", fixture.display());
+        }
     }
 }
 
@@ -229,7 +231,7 @@ fn deliberate_bugs_are_seen() {
         ("granite-bias", none.clone(), Some("post_attention_layernorm")),
     ] {
         let fixture = fixtures().join("models").join(name);
-        let (worst, _) = compare(changed(&fixture, &change, blank).path(), &fixture);
+        let (worst, _) = compare(changed(&fixture, &change, blank).path(), &fixture, exact());
         assert!(worst > 10.0 * TOLERANCE, "{name}: {change} {blank:?} moves the logits by {worst} only");
     }
 }

@@ -8,7 +8,7 @@ use std::path::Path;
 use half::f16;
 use rbee_kernels::packed::widen;
 use rbee_kernels::{Blocks, WeightType};
-use rbee_models::{CpuRunner, Error, FileError, KvType, ModelFiles, RunnerOptions, load};
+use rbee_models::{CpuRunner, Error, FileError, ModelFiles, RunnerOptions, load};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use tempfile::TempDir;
@@ -17,10 +17,10 @@ use crate::families::changed;
 use crate::gguf_file::{Case, File, Fixture, Model, Number, Tensor, fixture, kind, random};
 use crate::reference::fixtures;
 use crate::rounded::{Activations, Llama, Weights, softmax};
-use crate::support::{argmax, followed, runner, with_kv};
+use crate::support::{argmax, exact, followed, runner};
 
 fn options() -> RunnerOptions {
-    RunnerOptions { threads: 2, slots: 1, context: Some(256), ..with_kv(KvType::F32) }
+    RunnerOptions { threads: 2, slots: 1, context: Some(256), ..exact() }
 }
 
 fn opened(path: &Path) -> Result<CpuRunner, Error> {

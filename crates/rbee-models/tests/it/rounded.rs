@@ -52,7 +52,7 @@ fn rounded(activations: Activations, kind: WeightType, x: &[f64]) -> (Vec<f64>, 
     if activations == Activations::Ours {
         return match kind.kept() {
             Kept::Quantized(_) => runs(x, 32, |value| value),
-            Kept::F32 | Kept::F16 | Kept::Bf16 => (x.to_vec(), Vec::new()),
+            Kept::F32 | Kept::F16 | Kept::Bf16 | Kept::BlockFloat => (x.to_vec(), Vec::new()),
         };
     }
     let narrow = x.iter().map(|value| *value as f32);

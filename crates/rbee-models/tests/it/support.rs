@@ -14,11 +14,25 @@ pub fn tinybee() -> PathBuf {
 }
 
 pub fn options() -> RunnerOptions {
-    RunnerOptions { threads: 1, slots: 4, context: None, kv_bytes: None, kv_type: None, quantize: None, isa: None }
+    RunnerOptions {
+        threads: 1,
+        slots: 4,
+        context: None,
+        kv_bytes: None,
+        kv_type: None,
+        quantize: None,
+        exact: false,
+        isa: None,
+    }
 }
 
 pub fn runner(folder: &Path, options: &RunnerOptions) -> CpuRunner {
     load(&ModelFiles::folder(folder).unwrap(), options, &StepCounter::default(), &|_, _| ()).unwrap()
+}
+
+/// All in f32: what a reference in f32 is compared with.
+pub fn exact() -> RunnerOptions {
+    RunnerOptions { exact: true, ..with_kv(KvType::F32) }
 }
 
 pub fn with_kv(kv_type: KvType) -> RunnerOptions {
