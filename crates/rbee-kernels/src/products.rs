@@ -14,11 +14,11 @@ use crate::rounded::{RUN, Rounded, Run, Step};
 use crate::simd::{Kernel, LANES, Lanes};
 use half::f16;
 
-/// Bytes ahead of those that a lone row's product reads which are fetched already.
+/// Bytes ahead of those that a lone block's product reads which are fetched already.
 const AHEAD: usize = 8 << 10;
 
 /// Bytes of rounded rows that are kept near while all weights pass by.
-const NEAR: usize = 512 << 10;
+const NEAR: usize = 1 << 20;
 
 /// A run of `R` rows and the same of `T` tiles.
 pub(crate) struct Meeting<S, const R: usize, const T: usize> {
@@ -102,6 +102,17 @@ impl<S, const R: usize, const T: usize> Meeting<S, R, T> {
     }
 }
 
+/// Which runs of weights are asked for ahead of time: every so many, from one on, so many bytes ahead of those that are met.
+#[derive(Clone, Copy)]
+struct Fetch {
+    every: usize,
+    first: usize,
+    ahead: usize,
+}
+
+/// For weights that one block of rows meets. Where several do, each asks for a share of the next tiles, so that memory is never idle.
+const STREAM: Fetch = Fetch { every: 1, first: 0, ahead: AHEAD };
+
 /// A form's arithmetic.
 pub(crate) trait Form {
     /// What activations are rounded to.
@@ -135,7 +146,7 @@ impl<F: Form> Kernel for Columns<'_, F> {
         unsafe {
             if m == 1 {
                 // One stream of weights at a time.
-                tiles.for_each(|tile| self.block::<L, 1, 1>(0, tile));
+                tiles.for_each(|tile| self.block::<L, 1, 1>(0, tile, STREAM));
                 return;
             }
             let most = if L::WIDE { 6 } else { 2 };
@@ -149,19 +160,21 @@ impl<F: Form> Kernel for Columns<'_, F> {
                     let blocks = rows.div_ceil(most);
                     for block in 0..blocks {
                         let row = first + block * rows / blocks;
+                        let ahead = self.w.bytes() * if pair { 2 } else { 1 };
+                        let fetch = if blocks == 1 { STREAM } else { Fetch { every: blocks, first: block, ahead } };
                         match ((block + 1) * rows / blocks - block * rows / blocks, pair) {
-                            (6, true) => self.block::<L, 6, 2>(row, tile),
-                            (5, true) => self.block::<L, 5, 2>(row, tile),
-                            (4, true) => self.block::<L, 4, 2>(row, tile),
-                            (3, true) => self.block::<L, 3, 2>(row, tile),
-                            (2, true) => self.block::<L, 2, 2>(row, tile),
-                            (1, true) => self.block::<L, 1, 2>(row, tile),
-                            (6, false) if L::WIDE => self.block::<L, 6, 1>(row, tile),
-                            (5, false) if L::WIDE => self.block::<L, 5, 1>(row, tile),
-                            (4, false) if L::WIDE => self.block::<L, 4, 1>(row, tile),
-                            (3, false) if L::WIDE => self.block::<L, 3, 1>(row, tile),
-                            (2, false) => self.block::<L, 2, 1>(row, tile),
-                            (some, false) => (row..row + some).for_each(|row| self.block::<L, 1, 1>(row, tile)),
+                            (6, true) => self.block::<L, 6, 2>(row, tile, fetch),
+                            (5, true) => self.block::<L, 5, 2>(row, tile, fetch),
+                            (4, true) => self.block::<L, 4, 2>(row, tile, fetch),
+                            (3, true) => self.block::<L, 3, 2>(row, tile, fetch),
+                            (2, true) => self.block::<L, 2, 2>(row, tile, fetch),
+                            (1, true) => self.block::<L, 1, 2>(row, tile, fetch),
+                            (6, false) if L::WIDE => self.block::<L, 6, 1>(row, tile, fetch),
+                            (5, false) if L::WIDE => self.block::<L, 5, 1>(row, tile, fetch),
+                            (4, false) if L::WIDE => self.block::<L, 4, 1>(row, tile, fetch),
+                            (3, false) if L::WIDE => self.block::<L, 3, 1>(row, tile, fetch),
+                            (2, false) => self.block::<L, 2, 1>(row, tile, fetch),
+                            (some, false) => (row..row + some).for_each(|row| self.block::<L, 1, 1>(row, tile, fetch)),
                             _ => unreachable!("blocks have at most {most} rows"),
                         }
                     }
@@ -178,7 +191,7 @@ impl<F: Form> Columns<'_, F> {
     /// # Safety
     /// There are such rows and tiles.
     #[inline(always)]
-    unsafe fn block<L: Lanes, const R: usize, const T: usize>(&self, row: usize, tile: usize) {
+    unsafe fn block<L: Lanes, const R: usize, const T: usize>(&self, row: usize, tile: usize, fetch: Fetch) {
         let Span { n, to: To { k, stride, out, .. }, .. } = self.part;
         let per_row = k / RUN;
         // SAFETY: the caller's. What is stored lies within row and tile; what is fetched ahead need not exist.
@@ -188,9 +201,9 @@ impl<F: Form> Columns<'_, F> {
             let about = self.rounded.runs.as_ptr().add(row * per_row);
             let mut sums = [[L::splat(0.0); T]; R];
             for run in 0..per_row {
-                if row == 0 {
+                if run % fetch.every == fetch.first {
                     for t in 0..T {
-                        let ahead = tiles.wrapping_add(t * bytes + run * F::BYTES + AHEAD);
+                        let ahead = tiles.wrapping_add(t * bytes + run * F::BYTES + fetch.ahead);
                         (0..F::BYTES.div_ceil(LINE)).for_each(|line| L::fetch(ahead.wrapping_add(line * LINE)));
                     }
                 }
