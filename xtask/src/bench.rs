@@ -1,6 +1,6 @@
 //! `cargo xtask bench`: figures for `docs/PERFORMANCE.md`, measured on real processes, or on the real scheduler.
 //!
-//! For relay and start the programs must be built: `cargo build --release --workspace --bins`.
+//! For relay, start and the serving of cpu the programs must be built: `cargo build --release --workspace --bins`.
 
 mod api;
 mod cpu;
@@ -18,7 +18,7 @@ use anyhow::{Result, bail};
 const USAGE: &str = "usage: cargo xtask bench relay [--streams N] [--tokens N] [--workers N] [--rounds N] | bench start [--times N] | bench api [--rounds N] | bench download [--rounds N] \
      | bench fleet [--workers N] [--hives N] [--models N] [--owners N] [--jobs N] [--events N] [--policy NAME] \
      | bench kernels [--rounds N] | bench engine [--shape 135m|360m|1.1b] [--quantize FORM] [--kv-type T] [--threads N] [--rounds N] \
-     | bench cpu [--rounds N] [--shape 135m,1.1b,3b] [--types q8_0,q4_k_m,bf16,q4_0] [--threads N,N] [--only prefill,decode,depth,batch,load] [--llama FOLDER]";
+     | bench cpu [--rounds N] [--shape 135m,1.1b,3b] [--types q8_0,q4_k_m,bf16,q4_0] [--threads N,N] [--only prefill,decode,depth,batch,serve,load] [--llama FOLDER]";
 
 /// Runs the bench that the arguments after `bench` name.
 ///

@@ -1,6 +1,7 @@
 //! `bench cpu`: our speed on CPUs beside llama.cpp's and beside what the machine can do, with the same files and threads.
 //!
-//! Ours is a bench program of `rbee-models`, straight on the runner; llama.cpp's are its own benches. In each round each
+//! Ours is a bench program of `rbee-models`, straight on the runner; llama.cpp's are its own benches. Serving is measured as
+//! clients meet it: through our queen, hive and worker, and of llama-server. In each round each
 //! group of figures is measured with both, one right after the other, and the one that was first is second in the next; the
 //! machine's limits are measured beside them. So what else the machine does meets both alike, and a share of a limit is of
 //! the limit of that moment.
@@ -8,6 +9,7 @@
 mod children;
 mod llama_cpp;
 mod ours;
+mod serve;
 mod table;
 
 use std::fs;
@@ -15,6 +17,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use rbee_testkit::process;
 
 use super::machine::{self, Busy};
 use super::random_gguf::{self, Mixture, SHAPES, Shape};
@@ -36,6 +39,8 @@ enum Figure {
     Decode { tokens: u64, context: u64 },
     /// So many tokens in each of some sequences, in tokens a second of all together.
     Batch { tokens: u64, sequences: u64 },
+    /// Answers to clients who each ask one thing after another, in tokens a second of all together.
+    Serve { clients: u64 },
     /// A process's time, without that of a prompt of so many tokens and one more: starting, loading and ending, in milliseconds.
     Load { prompt: u64 },
     /// The most memory of that process, in MiB.
@@ -57,7 +62,7 @@ enum Threads {
     Most,
 }
 
-const GROUPS: [Group; 5] = [
+const GROUPS: [Group; 6] = [
     Group {
         name: "prefill",
         threads: Threads::Each,
@@ -77,6 +82,16 @@ const GROUPS: [Group; 5] = [
             Figure::Batch { tokens: 32, sequences: 4 },
             Figure::Batch { tokens: 32, sequences: 8 },
             Figure::Batch { tokens: 32, sequences: 16 },
+        ],
+    },
+    Group {
+        name: "serve",
+        threads: Threads::Most,
+        figures: &[
+            Figure::Serve { clients: 1 },
+            Figure::Serve { clients: 4 },
+            Figure::Serve { clients: 16 },
+            Figure::Serve { clients: 32 },
         ],
     },
     Group { name: "load", threads: Threads::Most, figures: &[Figure::Load { prompt: 512 }, Figure::Peak] },
@@ -167,7 +182,7 @@ fn mixture(name: &str) -> Result<Mixture> {
 
 fn group(name: &str) -> Result<Group> {
     let known = GROUPS.into_iter().find(|group| group.name == name);
-    known.with_context(|| format!("{name} is not prefill, decode, depth, batch or load"))
+    known.with_context(|| format!("{name} is not prefill, decode, depth, batch, serve or load"))
 }
 
 /// A file that goes when the bench ends, however it ends.
@@ -201,10 +216,10 @@ pub(super) fn run(root: &Path, plan: &Plan) -> Result<()> {
         for mixture in &plan.types {
             let file = Temporary(folder.join(format!("llama-{}-{}.gguf", shape.name, mixture.name())));
             random_gguf::write(&file.0, shape, *mixture)?;
-            let before = (Busy::now(), machine::children_cpu(), Instant::now());
+            let own = || machine::children_cpu() + process::cpu(std::process::id()) + ours.daemons.get();
+            let before = (Busy::now(), own(), Instant::now());
             let all = measure(plan, &file.0, &ours, &llama)?;
-            let children = machine::children_cpu() - before.1;
-            let others = Busy::now().foreign_share(before.0, children, before.2.elapsed());
+            let others = Busy::now().foreign_share(before.0, own() - before.1, before.2.elapsed());
             println!("\n{}", table::table(shape, *mixture, &all));
             println!("\nOther work on the machine meanwhile: {:.0} %", others * 100.0);
         }

@@ -1,4 +1,4 @@
-//! llama.cpp's half: its own benches, built for this machine from the source that a package of PyPI carries.
+//! llama.cpp's half: its own benches and server, built for this machine from the source that a package of PyPI carries.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 
 use super::children::{said, watched};
-use super::{BATCH_PROMPT, CONTEXT, Figure};
+use super::{BATCH_PROMPT, CONTEXT, Figure, serve};
 use crate::sdk::{once, run};
 
 /// The package and its version.
@@ -16,10 +16,10 @@ pub(super) const PACKAGE: &str = "llama-cpp-python==0.3.36";
 /// What builds it.
 const TOOLS: [&str; 2] = ["cmake==4.4.5", "ninja==1.13.2"];
 
-const PROGRAMS: [&str; 2] = ["llama-bench", "llama-batched-bench"];
+const PROGRAMS: [&str; 3] = ["llama-bench", "llama-batched-bench", "llama-server"];
 
 /// As it is fastest here: everything that this processor has, and nothing that asks for the network.
-const FLAGS: [&str; 10] = [
+const FLAGS: [&str; 11] = [
     "-DCMAKE_BUILD_TYPE=Release",
     "-DGGML_NATIVE=ON",
     "-DBUILD_SHARED_LIBS=OFF",
@@ -27,8 +27,9 @@ const FLAGS: [&str; 10] = [
     "-DLLAMA_OPENSSL=OFF",
     "-DLLAMA_BUILD_TESTS=OFF",
     "-DLLAMA_BUILD_EXAMPLES=OFF",
-    "-DLLAMA_BUILD_SERVER=OFF",
+    "-DLLAMA_BUILD_SERVER=ON",
     "-DLLAMA_BUILD_UI=OFF",
+    "-DLLAMA_USE_PREBUILT_UI=OFF",
     "-GNinja",
 ];
 
@@ -36,6 +37,7 @@ const FLAGS: [&str; 10] = [
 pub(super) struct LlamaCpp {
     bench: PathBuf,
     batched: PathBuf,
+    server: PathBuf,
 }
 
 impl LlamaCpp {
@@ -45,7 +47,9 @@ impl LlamaCpp {
     /// When it cannot be had; the reason is said.
     pub(super) fn install(root: &Path) -> Result<Self> {
         let folder = root.join("target/llama.cpp");
-        once(&folder, &[PACKAGE, TOOLS[0], TOOLS[1]], || {
+        // What was built otherwise is built again.
+        let how = [&[PACKAGE], &TOOLS[..], &PROGRAMS, &FLAGS].concat();
+        once(&folder, &how, || {
             eprintln!("building llama.cpp, which takes some minutes");
             make(&folder)
         })?;
@@ -60,11 +64,12 @@ impl LlamaCpp {
     /// # Errors
     /// When a program is not there.
     pub(super) fn of(folder: &Path) -> Result<Self> {
-        let [bench, batched] = PROGRAMS.map(|name| folder.join("bin").join(name));
-        for program in [&bench, &batched] {
-            ensure!(program.is_file(), "llama.cpp has not been built in {}", folder.display());
+        let programs = PROGRAMS.map(|name| folder.join("bin").join(name));
+        for program in &programs {
+            ensure!(program.is_file(), "{} has not been built", program.display());
         }
-        Ok(Self { bench, batched })
+        let [bench, batched, server] = programs;
+        Ok(Self { bench, batched, server })
     }
 
     /// The figures of a group, in order.
@@ -91,6 +96,7 @@ impl LlamaCpp {
                 };
                 counts.iter().map(speed).collect()
             }
+            [Figure::Serve { .. }, ..] => serve::theirs(&self.server, figures, file, threads),
             _ => self.alone(figures, file, threads),
         }
     }
@@ -129,7 +135,7 @@ fn test(figure: &Figure) -> Option<[u64; 3]> {
     match figure {
         Figure::Prefill { tokens } => Some([*tokens, 0, 0]),
         Figure::Decode { tokens, context } => Some([0, *tokens, *context]),
-        Figure::Batch { .. } | Figure::Load { .. } | Figure::Peak => None,
+        Figure::Batch { .. } | Figure::Serve { .. } | Figure::Load { .. } | Figure::Peak => None,
     }
 }
 

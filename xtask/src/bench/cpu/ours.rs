@@ -1,14 +1,16 @@
-//! Our own half: the bench programs `cpu` of `rbee-models` and `limits` of `rbee-kernels`.
+//! Our own half: the bench programs `cpu` of `rbee-models` and `limits` of `rbee-kernels`, and for serving the whole of rbee.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::Figure;
 use super::children::{said, watched};
+use super::{Figure, serve};
 
 /// What the machine does at most with so many threads.
 #[derive(Clone, Copy, Debug)]
@@ -27,6 +29,8 @@ pub(super) struct Limits {
 pub(super) struct Ours {
     cpu: PathBuf,
     limits: PathBuf,
+    /// Processor time so far of our processes that are nobody's children.
+    pub(super) daemons: Cell<Duration>,
 }
 
 impl Ours {
@@ -52,7 +56,7 @@ impl Ours {
             .filter_map(|line| Some((line["target"]["name"].as_str()?.to_owned(), line["executable"].as_str()?.into())))
             .collect();
         let program = |name: &str| built.get(name).cloned().with_context(|| format!("cargo built no bench {name}"));
-        Ok(Self { cpu: program("cpu")?, limits: program("limits")? })
+        Ok(Self { cpu: program("cpu")?, limits: program("limits")?, daemons: Cell::default() })
     }
 
     /// What the machine does now.
@@ -71,6 +75,11 @@ impl Ours {
     /// # Errors
     /// When the program fails.
     pub(super) fn measure(&self, figures: &[Figure], file: &Path, threads: usize) -> Result<Vec<f64>> {
+        if let [Figure::Serve { .. }, ..] = figures {
+            let (speeds, daemons) = serve::ours(figures, file, threads)?;
+            self.daemons.update(|before| before + daemons);
+            return Ok(speeds);
+        }
         let mut command = Command::new(&self.cpu);
         command.arg(file).args(["--threads", &threads.to_string()]).args(figures.iter().filter_map(case));
         if let [Figure::Load { .. }, Figure::Peak] = figures {
@@ -91,7 +100,7 @@ fn case(figure: &Figure) -> Option<String> {
         Figure::Decode { tokens, context } => Some(format!("decode:{tokens}x{context}")),
         Figure::Batch { tokens, sequences } => Some(format!("batch:{tokens}x{sequences}")),
         Figure::Load { prompt } => Some(format!("load:{prompt}")),
-        Figure::Peak => None,
+        Figure::Serve { .. } | Figure::Peak => None,
     }
 }
 

@@ -3,7 +3,7 @@
 use super::super::random_gguf::{Mixture, Shape, Work};
 use super::super::{quantile, sorted};
 use super::ours::Limits;
-use super::{BATCH_PROMPT, Figure, Sample, Series};
+use super::{BATCH_PROMPT, Figure, Sample, Series, serve};
 
 /// What keeps something from being faster.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -14,20 +14,27 @@ enum Bound {
 
 /// The most tokens a second that a figure can have: no step is faster than its bytes are read, nor than its products are made.
 fn most(figure: Figure, work: &Work, read: f64, products: Option<f64>) -> Option<(f64, Bound)> {
-    // Tokens of a step, those whose logits are wanted, and positions of keys and values that it reads.
-    let (tokens, heads, positions) = match figure {
-        Figure::Prefill { tokens } => (tokens, 1, tokens),
-        Figure::Decode { tokens, context } => (1, 1, context + tokens / 2),
-        Figure::Batch { tokens, sequences } => (sequences, sequences, sequences * (BATCH_PROMPT + tokens / 2)),
+    // Tokens of a step that count, all of them, those whose logits are wanted, and positions of keys and values that it reads.
+    let (counted, tokens, heads, positions) = match figure {
+        Figure::Prefill { tokens } => (tokens, tokens, 1, tokens),
+        Figure::Decode { tokens, context } => (1, 1, 1, context + tokens / 2),
+        Figure::Batch { tokens, sequences } => {
+            (sequences, sequences, sequences, sequences * (BATCH_PROMPT + tokens / 2))
+        }
+        // A step has its share of the prompts as well.
+        Figure::Serve { clients } => {
+            let busy = clients.min(serve::SLOTS);
+            (busy, busy + busy * serve::PROMPT / serve::ANSWER, busy, busy * (serve::PROMPT + serve::ANSWER / 2))
+        }
         Figure::Load { .. } | Figure::Peak => return None,
     };
     let bytes = (work.bytes + work.kv * positions) as f64 / (read * 1e9);
     let operations = (2 * (work.layers * tokens + work.head * heads)) as f64;
     match products.map(|products| operations / (products * 1e9)) {
-        Some(seconds) if seconds > bytes => Some((tokens as f64 / seconds, Bound::Products)),
+        Some(seconds) if seconds > bytes => Some((counted as f64 / seconds, Bound::Products)),
         // A prompt is bound by products, known or not.
         None if tokens > 16 => None,
-        _ => Some((tokens as f64 / bytes, Bound::Memory)),
+        _ => Some((counted as f64 / bytes, Bound::Memory)),
     }
 }
 
@@ -50,6 +57,8 @@ fn name(figure: Figure) -> String {
         Figure::Decode { tokens, context: 0 } => format!("decode {tokens}, tokens/s"),
         Figure::Decode { tokens, context } => format!("decode {tokens} at {context}, tokens/s"),
         Figure::Batch { sequences, .. } => format!("batch {sequences}, tokens/s"),
+        Figure::Serve { clients: 1 } => "1 client, tokens/s".to_owned(),
+        Figure::Serve { clients } => format!("{clients} clients, tokens/s"),
         Figure::Load { .. } => "load, ms".to_owned(),
         Figure::Peak => "peak memory, MiB".to_owned(),
     }
@@ -148,6 +157,14 @@ mod tests {
         assert_eq!(limit(Figure::Decode { tokens: 2, context: 999 }), Some((5.0, Bound::Memory)));
         assert_eq!(limit(Figure::Prefill { tokens: 512 }), Some((500.0, Bound::Products)));
         assert_eq!(limit(Figure::Peak), None);
+    }
+
+    #[test]
+    fn serving_computes_prompts_too_and_never_more_answers_at_once_than_there_are_slots() {
+        let limit = |clients| most(Figure::Serve { clients }, &Work { kv: 0, ..WORK }, 100.0, Some(1000.0));
+        assert_eq!(limit(1), Some((100.0, Bound::Memory)));
+        assert_eq!(limit(16), Some((250.0, Bound::Products)));
+        assert_eq!(limit(32), limit(16));
     }
 
     #[test]
