@@ -94,16 +94,53 @@ pub(crate) struct Span {
     pub(crate) columns: Range<usize>,
 }
 
+/// How units of columns are shared out: half of them in parts alike, one for each thread, then half of the rest, and so on. Long parts are
+/// read in one stream; short ones at the end leave no thread waiting long for another.
+#[derive(Clone, Copy)]
+struct Shares {
+    units: usize,
+    threads: usize,
+    /// Times that something is halved, and one.
+    levels: usize,
+}
+
+impl Shares {
+    fn new(units: usize, threads: usize, work: usize) -> Self {
+        let levels = (work / (TASK * threads)).max(1).ilog2().min(3) as usize + 1;
+        Self { units, threads, levels }
+    }
+
+    fn tasks(self) -> usize {
+        self.threads * self.levels
+    }
+
+    /// Where a part begins: at an even number, as tiles are met in pairs.
+    fn start(self, task: usize) -> usize {
+        let (level, part) = (task / self.threads, task % self.threads);
+        if level == self.levels {
+            return self.units;
+        }
+        let rest = self.units >> level;
+        let here = if level + 1 == self.levels { rest } else { rest - (self.units >> (level + 1)) };
+        (self.units - rest + here * part / self.threads) & !1
+    }
+
+    fn part(self, task: usize) -> Range<usize> {
+        self.start(task)..self.start(task + 1)
+    }
+}
+
 /// Hands out the columns of a segment of `n` outputs in units of so many.
 fn each(pool: &mut Pool, n: usize, to: To, unit: usize, run: &(dyn Fn(Span) + Sync)) {
-    let To { m, k, .. } = to;
-    let units = n.div_ceil(unit);
-    let per_task = (TASK / (k * unit * m.max(1))).clamp(1, units).max(units.div_ceil(pool.threads() * 8));
+    let (units, work) = (n.div_ceil(unit), to.m * n * to.k);
     // Waking a thread costs more than a small product.
-    let per_task = if m * n * k < SMALL { units } else { per_task };
-    pool.run(units.div_ceil(per_task), &|task| {
-        let columns = task * per_task..((task + 1) * per_task).min(units);
-        run(Span { to, n, columns });
+    let threads = if work < SMALL { 1 } else { pool.threads() };
+    let shares = if threads == 1 { Shares { units, threads, levels: 1 } } else { Shares::new(units, threads, work) };
+    pool.run(shares.tasks(), &|task| {
+        let columns = shares.part(task);
+        if !columns.is_empty() {
+            run(Span { to, n, columns });
+        }
     });
 }
 
@@ -240,6 +277,21 @@ mod tests {
                             assert_eq!(alone, want[row * n..][..n], "{isa:?} {m}x{n}x{k} row {row}");
                         }
                     }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn shares_are_all_columns_once() {
+        for units in [1, 2, 3, 16, 17, 352, 2004] {
+            for threads in [1, 2, 3, 16] {
+                for work in [0, TASK * threads, 5 * TASK * threads, 1 << 30] {
+                    let shares = Shares::new(units, threads, work);
+                    let parts: Vec<_> = (0..shares.tasks()).map(|task| shares.part(task)).collect();
+                    assert!(parts.iter().all(|part| part.start <= part.end && part.start.is_multiple_of(2)));
+                    assert!(parts.windows(2).all(|pair| pair[0].end == pair[1].start));
+                    assert_eq!((parts[0].start, parts[parts.len() - 1].end), (0, units));
                 }
             }
         }
