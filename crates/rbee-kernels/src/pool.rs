@@ -9,29 +9,27 @@
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 /// Turns of the spinning wait before a thread parks: some tens of microseconds, about the time between two operations of a
 /// step.
 const SPINS: u32 = 4_000;
 
-/// The work all threads take part in, with the lifetime of its borrow erased.
-#[derive(Clone, Copy)]
-struct Work {
-    round: u32,
-    run: *const (dyn Fn(usize) + Sync),
-    tasks: u32,
-}
+/// In place of the next task while no round is open.
+const CLOSED: u64 = u32::MAX as u64;
 
-// SAFETY: the closure is Sync, and it is called only for tasks that were claimed, which `Pool::run` waits for.
-unsafe impl Send for Work {}
+/// The work all threads take part in, with the lifetime of its borrow erased.
+type Job = &'static (dyn Fn(usize) + Sync);
 
 struct Shared {
-    /// The round in the upper half, the next task in the lower: a task is claimed by raising the lower half while the upper
-    /// one is still the round whose work was read. A thread that comes late finds another round, or no task left.
+    /// The round in the upper half, the next task in the lower: a task is claimed by raising the lower half. What `job` and `tasks` hold
+    /// belongs to a round for as long as this says so, since they are written while it says [`CLOSED`]; a claim succeeds only if it
+    /// has said the same since before they were read.
     claims: AtomicU64,
-    work: Mutex<Option<Work>>,
+    /// Points to a [`Job`] of the thread that runs the round, which waits for every task that was claimed.
+    job: AtomicPtr<Job>,
+    tasks: AtomicU32,
     /// Tasks of this round that have ended.
     done: AtomicU32,
     panicked: AtomicBool,
@@ -51,8 +49,9 @@ impl Pool {
     /// A pool of so many threads, the caller's included.
     pub fn new(threads: usize) -> Self {
         let shared = Arc::new(Shared {
-            claims: AtomicU64::new(0),
-            work: Mutex::new(None),
+            claims: AtomicU64::new(CLOSED),
+            job: AtomicPtr::new(std::ptr::null_mut()),
+            tasks: AtomicU32::new(0),
             done: AtomicU32::new(0),
             panicked: AtomicBool::new(false),
             parked: Mutex::new(()),
@@ -86,20 +85,21 @@ impl Pool {
         }
         let shared = &*self.shared;
         let count = u32::try_from(tasks).expect("a step has fewer than 2^32 tasks");
+        // SAFETY: only the lifetime changes. The closure is called for claimed tasks only, and this function returns when all tasks of
+        // the round have ended; a later claim for this round cannot succeed.
+        let mut job: Job = unsafe { std::mem::transmute::<&(dyn Fn(usize) + Sync), Job>(task) };
         let round = (shared.claims.load(Ordering::Relaxed) >> 32) as u32;
-        let round = round.wrapping_add(1);
-        // SAFETY: only the lifetime changes. The closure is called for claimed tasks only, and this function returns when
-        // all tasks of the round have ended; a later claim for this round cannot succeed.
-        let run: *const (dyn Fn(usize) + Sync + 'static) = unsafe { std::mem::transmute(std::ptr::from_ref(task)) };
-        let work = Work { round, run, tasks: count };
-        *shared.work.lock().unwrap_or_else(PoisonError::into_inner) = Some(work);
+        shared.claims.store(u64::from(round) << 32 | CLOSED, Ordering::SeqCst);
+        // Released: who sees one of these sees that the round before is closed.
+        shared.job.store(&raw mut job, Ordering::Release);
+        shared.tasks.store(count, Ordering::Release);
         shared.done.store(0, Ordering::Relaxed);
-        shared.claims.store(u64::from(round) << 32, Ordering::SeqCst);
+        shared.claims.store(u64::from(round.wrapping_add(1)) << 32, Ordering::SeqCst);
         if shared.sleepers.load(Ordering::SeqCst) > 0 {
             let _parked = shared.parked.lock().unwrap_or_else(PoisonError::into_inner);
             shared.wake.notify_all();
         }
-        shared.take(work);
+        shared.take();
         // Every task is claimed; those that others claimed are being worked on right now.
         let mut spins = 0u32;
         while shared.done.load(Ordering::Acquire) < count {
@@ -165,27 +165,24 @@ impl Shared {
             if self.stop.load(Ordering::SeqCst) {
                 return;
             }
-            let work = *self.work.lock().unwrap_or_else(PoisonError::into_inner);
-            if let Some(work) = work {
-                self.take(work);
-            }
+            self.take();
         }
     }
 
-    /// Works on tasks of this round until none is left to claim.
-    fn take(&self, work: Work) {
+    /// Works on tasks until none is left to claim.
+    fn take(&self) {
         let mut claims = self.claims.load(Ordering::SeqCst);
         loop {
-            let (round, next) = ((claims >> 32) as u32, claims as u32);
-            if round != work.round || next >= work.tasks {
+            let (job, tasks) = (self.job.load(Ordering::Acquire), self.tasks.load(Ordering::Acquire));
+            let next = claims as u32;
+            if next >= tasks {
                 return;
             }
             match self.claims.compare_exchange_weak(claims, claims + 1, Ordering::SeqCst, Ordering::SeqCst) {
                 Err(now) => claims = now,
                 Ok(_) => {
-                    // SAFETY: the task is claimed and not counted as done, so `Pool::run` has not returned and the
-                    // closure it borrows is alive.
-                    let task = unsafe { &*work.run };
+                    // SAFETY: the task is claimed and not counted as done, so `Pool::run` has not returned and what it lent is alive.
+                    let task = unsafe { *job };
                     if catch_unwind(AssertUnwindSafe(|| task(next as usize))).is_err() {
                         self.panicked.store(true, Ordering::Relaxed);
                     }
