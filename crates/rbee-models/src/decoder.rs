@@ -12,7 +12,7 @@ use rbee_kernels::pool::SharedOut;
 use rbee_kernels::{Isa, Packed, ops};
 use rbee_weights::config::{ModelConfig, Rope};
 
-use crate::kv::KvStore;
+use crate::kv::{KvStore, Written};
 use crate::mlp::{MlpLayer, MlpScratch};
 
 /// A decoder's weights.
@@ -257,10 +257,11 @@ impl<F: KvForm> Attention<'_, F> {
             }
         });
         let mut store = kv.lock().unwrap_or_else(PoisonError::into_inner);
-        for (row, qkv) in rows.iter().zip(qkv.chunks_exact(width)) {
+        let positions = rows.iter().zip(qkv.chunks_exact(width)).map(|(row, qkv)| {
             let (k, v) = qkv[heads * dim..].split_at(kv_heads * dim);
-            store.write(*index, row.blocks, row.position, k, v);
-        }
+            Written::new(row.blocks, row.position, k, v)
+        });
+        store.write(*index, compute, positions);
     }
 
     /// Causal attention over the KV: from `[rows, (heads + 2 kv_heads) * dim]` to `[rows, heads * dim]`.

@@ -7,6 +7,7 @@ use bytemuck::allocation::try_zeroed_vec;
 use half::{bf16, f16};
 use rbee_engine::runner::BlockId;
 use rbee_kernels::attention::{BLOCK, KvBlocks};
+use rbee_kernels::compute::Compute;
 use rbee_kernels::kv_form::{KvForm, Q8Kv};
 use rbee_weights::config::ModelConfig;
 
@@ -59,6 +60,24 @@ pub(crate) fn bytes_per_token(config: &ModelConfig, kv_type: KvType) -> u64 {
     (config.layers.len() * config.kv_heads * head) as u64
 }
 
+/// Positions of a step from which on threads share the writing.
+const MANY: usize = 16;
+
+/// What is written of one position.
+pub(crate) struct Written<'a> {
+    /// Its block, and where it stands there.
+    at: (usize, usize),
+    /// `[heads * dim]` each.
+    k: &'a [f32],
+    v: &'a [f32],
+}
+
+impl<'a> Written<'a> {
+    pub(crate) fn new(blocks: &[BlockId], position: usize, k: &'a [f32], v: &'a [f32]) -> Self {
+        Self { at: (blocks[position / BLOCK].0 as usize, position % BLOCK), k, v }
+    }
+}
+
 /// The storage of one form.
 pub(crate) struct KvStore<F: KvForm> {
     keys: Vec<F::Unit>,
@@ -98,14 +117,40 @@ impl<F: KvForm> KvStore<F> {
         (layer * self.heads + head) * self.blocks + block.0 as usize
     }
 
-    /// Writes K and V of one position, `heads * dim` values each, rounded to the cache's form.
-    pub(crate) fn write(&mut self, layer: usize, blocks: &[BlockId], position: usize, k: &[f32], v: &[f32]) {
-        let (block, offset) = (blocks[position / BLOCK], position % BLOCK);
-        let (keys, values) = (F::key_len(self.dim), F::value_len(self.dim));
-        for (head, (k, v)) in k.chunks_exact(self.dim).zip(v.chunks_exact(self.dim)).enumerate() {
-            let at = self.block(layer, block, head);
-            F::write_key(&mut self.keys[at * keys..][..keys], offset, k);
-            F::write_value(&mut self.values[at * values..][..values], offset, v);
+    /// Writes K and V of the positions of a step, rounded to the cache's form; where there are many, its heads are shared out over the
+    /// threads.
+    pub(crate) fn write<'a>(
+        &mut self,
+        layer: usize,
+        compute: &Compute,
+        positions: impl ExactSizeIterator<Item = Written<'a>> + Clone + Sync,
+    ) {
+        let (dim, blocks, few) = (self.dim, self.blocks, positions.len() < MANY);
+        let of_layer =
+            |len: usize| (blocks * len, layer * self.heads * blocks * len..(layer + 1) * self.heads * blocks * len);
+        let (key, value) = (F::key_len(dim), F::value_len(dim));
+        let write_keys = |first: usize, heads: &mut [F::Unit]| {
+            for (head, of_head) in (first..).zip(heads.chunks_exact_mut(blocks * key)) {
+                for Written { at: (block, offset), k, .. } in positions.clone() {
+                    F::write_key(&mut of_head[block * key..][..key], offset, &k[head * dim..][..dim]);
+                }
+            }
+        };
+        let write_values = |first: usize, heads: &mut [F::Unit]| {
+            for (head, of_head) in (first..).zip(heads.chunks_exact_mut(blocks * value)) {
+                for Written { at: (block, offset), v, .. } in positions.clone() {
+                    F::write_value(&mut of_head[block * value..][..value], offset, &v[head * dim..][..dim]);
+                }
+            }
+        };
+        let ((width, keys), (value_width, values)) = (of_layer(key), of_layer(value));
+        let (keys, values) = (&mut self.keys[keys], &mut self.values[values]);
+        if few {
+            write_keys(0, keys);
+            write_values(0, values);
+        } else {
+            compute.stripes(keys, width, &write_keys);
+            compute.stripes(values, value_width, &write_values);
         }
     }
 
