@@ -18,7 +18,7 @@ use anyhow::{Result, bail};
 const USAGE: &str = "usage: cargo xtask bench relay [--streams N] [--tokens N] [--workers N] [--rounds N] | bench start [--times N] | bench api [--rounds N] | bench download [--rounds N] \
      | bench fleet [--workers N] [--hives N] [--models N] [--owners N] [--jobs N] [--events N] [--policy NAME] \
      | bench kernels [--rounds N] | bench engine [--shape 135m|360m|1.1b] [--quantize FORM] [--kv-type T] [--threads N] [--rounds N] \
-     | bench cpu [--rounds N] [--shape 135m,1.1b,3b] [--types q8_0,q4_k_m,bf16,q4_0] [--threads N,N] [--only prefill,decode,depth,batch,serve,load] [--llama FOLDER]";
+     | bench cpu [--beside llama.cpp|candle] [--rounds N] [--shape 135m,1.1b,3b] [--types q8_0,q4_k_m,bf16,q4_0] [--threads N,N] [--only prefill,decode,depth,batch,serve,load] [--llama FOLDER]";
 
 /// Runs the bench that the arguments after `bench` name.
 ///

@@ -1,14 +1,18 @@
-//! `bench cpu`: our speed on CPUs beside llama.cpp's and beside what the machine can do, with the same files and threads.
+//! `bench cpu`: our speed on CPUs beside llama.cpp's, or candle's, and beside what the machine can do, with the same files and
+//! threads.
 //!
-//! Ours is a bench program of `rbee-models`, straight on the runner; llama.cpp's are its own benches. Serving is measured as
+//! Ours is a bench program of `rbee-models`, straight on the runner; llama.cpp's are its own benches; around
+//! candle-transformers there is a program of ours. Serving is measured as
 //! clients meet it: through our queen, hive and worker, and of llama-server. In each round each
 //! group of figures is measured with both, one right after the other, and the one that was first is second in the next; the
 //! machine's limits are measured beside them. So what else the machine does meets both alike, and a share of a limit is of
 //! the limit of that moment.
 
+mod candle;
 mod children;
 mod llama_cpp;
 mod ours;
+mod peer;
 mod serve;
 mod table;
 
@@ -21,8 +25,8 @@ use rbee_testkit::process;
 
 use super::machine::{self, Busy};
 use super::random_gguf::{self, Mixture, SHAPES, Shape};
-use llama_cpp::LlamaCpp;
 use ours::{Limits, Ours};
+use peer::Peer;
 
 /// Positions of a context whose load and memory are measured.
 const CONTEXT: u64 = 2048;
@@ -112,8 +116,16 @@ struct Series {
     samples: Vec<Sample>,
 }
 
+/// What ours is beside.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Beside {
+    LlamaCpp,
+    Candle,
+}
+
 /// What is measured.
 pub(super) struct Plan {
+    beside: Beside,
     rounds: usize,
     shapes: Vec<&'static Shape>,
     types: Vec<Mixture>,
@@ -129,16 +141,18 @@ impl Plan {
     /// A flag or a value that there is not.
     pub(super) fn parse(args: &[String]) -> Result<Self> {
         let mut plan = Self {
+            beside: Beside::LlamaCpp,
             rounds: 5,
             shapes: vec![shape("1.1b")?, shape("135m")?],
             types: vec![Mixture::Q8_0, Mixture::Q4_K_M, Mixture::BF16],
             threads: vec![1, 2],
-            groups: GROUPS.to_vec(),
+            groups: Vec::new(),
             llama: None,
         };
         for pair in args.chunks(2) {
             let [flag, value] = pair else { bail!("{} has no value", pair[0]) };
             match flag.as_str() {
+                "--beside" => plan.beside = beside(value)?,
                 "--rounds" => plan.rounds = number(value)?,
                 "--shape" => plan.shapes = list(value, shape)?,
                 "--types" => plan.types = list(value, mixture)?,
@@ -147,6 +161,12 @@ impl Plan {
                 "--llama" => plan.llama = Some(PathBuf::from(value)),
                 _ => bail!("{flag} is not a flag; {}", super::USAGE),
             }
+        }
+        if plan.groups.is_empty() {
+            plan.groups = GROUPS.into_iter().filter(|group| plan.beside.has(group.figures)).collect();
+        }
+        if let Some(group) = plan.groups.iter().find(|group| !plan.beside.has(group.figures)) {
+            bail!("{} has nothing like {}", plan.beside.name(), group.name);
         }
         Ok(plan)
     }
@@ -169,6 +189,11 @@ fn list<T>(text: &str, one: impl Fn(&str) -> Result<T>) -> Result<Vec<T>> {
 
 fn number(text: &str) -> Result<usize> {
     text.parse().ok().filter(|number| *number > 0).with_context(|| format!("{text} is not a number above 0"))
+}
+
+fn beside(name: &str) -> Result<Beside> {
+    let known = [Beside::LlamaCpp, Beside::Candle].into_iter().find(|beside| beside.name() == name);
+    known.with_context(|| format!("{name} is not llama.cpp or candle"))
 }
 
 fn shape(name: &str) -> Result<&'static Shape> {
@@ -197,20 +222,14 @@ impl Drop for Temporary {
 /// Measures, and prints a table for each file.
 ///
 /// # Errors
-/// When llama.cpp cannot be had, or something could not be measured.
+/// When what it is beside cannot be had, or something could not be measured.
 pub(super) fn run(root: &Path, plan: &Plan) -> Result<()> {
-    let llama = match &plan.llama {
-        Some(folder) => LlamaCpp::of(folder)?,
-        None => LlamaCpp::install(root)?,
-    };
+    let peer = Peer::install(root, plan)?;
     let ours = Ours::build(root)?;
     let folder = root.join("target/bench");
     fs::create_dir_all(&folder)?;
-    let which = match &plan.llama {
-        Some(folder) => format!("in {}", folder.display()),
-        None => format!("of {}", llama_cpp::PACKAGE),
-    };
-    println!("{}; beside llama.cpp {which}; rounds in turns: {}, medians", machine::describe(), plan.rounds);
+    let which = plan.beside.about(plan.llama.as_deref());
+    println!("{}; beside {which}; rounds in turns: {}, medians", machine::describe(), plan.rounds);
     let began = (Busy::now(), Instant::now());
     for shape in &plan.shapes {
         for mixture in &plan.types {
@@ -218,9 +237,9 @@ pub(super) fn run(root: &Path, plan: &Plan) -> Result<()> {
             random_gguf::write(&file.0, shape, *mixture)?;
             let own = || machine::children_cpu() + process::cpu(std::process::id()) + ours.daemons.get();
             let before = (Busy::now(), own(), Instant::now());
-            let all = measure(plan, &file.0, &ours, &llama)?;
+            let all = measure(plan, &file.0, &ours, &peer)?;
             let others = Busy::now().foreign_share(before.0, own() - before.1, before.2.elapsed());
-            println!("\n{}", table::table(shape, *mixture, &all));
+            println!("\n{}", table::table(shape, *mixture, plan.beside.name(), &all));
             println!("\nOther work on the machine meanwhile: {:.0} %", others * 100.0);
         }
     }
@@ -230,7 +249,7 @@ pub(super) fn run(root: &Path, plan: &Plan) -> Result<()> {
 }
 
 /// All rounds over a file.
-fn measure(plan: &Plan, file: &Path, ours: &Ours, llama: &LlamaCpp) -> Result<Vec<Series>> {
+fn measure(plan: &Plan, file: &Path, ours: &Ours, peer: &Peer) -> Result<Vec<Series>> {
     let turns = plan.turns();
     let figures = turns.iter().flat_map(|(group, threads)| group.figures.iter().map(|figure| (*figure, *threads)));
     let mut all: Vec<Series> =
@@ -243,9 +262,9 @@ fn measure(plan: &Plan, file: &Path, ours: &Ours, llama: &LlamaCpp) -> Result<Ve
             let (mine, other);
             if (round + turn).is_multiple_of(2) {
                 mine = ours.measure(group.figures, file, *threads)?;
-                other = llama.measure(group.figures, file, *threads)?;
+                other = peer.measure(group.figures, file, *threads)?;
             } else {
-                other = llama.measure(group.figures, file, *threads)?;
+                other = peer.measure(group.figures, file, *threads)?;
                 mine = ours.measure(group.figures, file, *threads)?;
             }
             for ((ours, theirs), series) in mine.into_iter().zip(other).zip(&mut series) {

@@ -5,7 +5,10 @@ use std::process::{Command, Output, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
+
+use super::Figure;
 
 /// How often a process is asked for its peak: so much before its end it may grow unseen.
 const LOOK: Duration = Duration::from_millis(2);
@@ -59,4 +62,40 @@ fn checked(command: &Command, output: Output) -> Result<String> {
         bail!("{command:?}: {}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
     }
     String::from_utf8(output.stdout).with_context(|| format!("{command:?}"))
+}
+
+/// The figures of a group, in order, of a program that takes them as cases and says the tokens and seconds of each.
+///
+/// # Errors
+/// When the program fails.
+pub(super) fn cases(mut command: Command, figures: &[Figure]) -> Result<Vec<f64>> {
+    command.args(figures.iter().filter_map(case));
+    if let [Figure::Load { .. }, Figure::Peak] = figures {
+        let taken = watched(&mut command)?;
+        let counted: f64 = lines(&taken.said)?.iter().map(|(_, seconds)| seconds).sum();
+        return Ok(vec![(taken.wall.as_secs_f64() - counted) * 1e3, taken.peak as f64 / f64::from(1 << 20)]);
+    }
+    let speeds: Vec<f64> = lines(&said(&mut command)?)?.iter().map(|(tokens, seconds)| tokens / seconds).collect();
+    ensure!(speeds.len() == figures.len(), "{} figures of {figures:?}", speeds.len());
+    Ok(speeds)
+}
+
+/// Its name on the command line.
+fn case(figure: &Figure) -> Option<String> {
+    match figure {
+        Figure::Prefill { tokens } => Some(format!("prefill:{tokens}")),
+        Figure::Decode { tokens, context } => Some(format!("decode:{tokens}x{context}")),
+        Figure::Batch { tokens, sequences } => Some(format!("batch:{tokens}x{sequences}")),
+        Figure::Load { prompt } => Some(format!("load:{prompt}")),
+        Figure::Serve { .. } | Figure::Peak => None,
+    }
+}
+
+/// Tokens and seconds of each case.
+fn lines(text: &str) -> Result<Vec<(f64, f64)>> {
+    let one = |line: &str| {
+        let line: Value = serde_json::from_str(line).context("a case")?;
+        Ok((line["tokens"].as_f64().context("tokens")?, line["seconds"].as_f64().context("seconds")?))
+    };
+    text.lines().map(one).collect()
 }

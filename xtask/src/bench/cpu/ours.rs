@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 
-use super::children::{said, watched};
+use super::children::{cases, said};
 use super::{Figure, serve};
 
 /// What the machine does at most with so many threads.
@@ -81,34 +81,7 @@ impl Ours {
             return Ok(speeds);
         }
         let mut command = Command::new(&self.cpu);
-        command.arg(file).args(["--threads", &threads.to_string()]).args(figures.iter().filter_map(case));
-        if let [Figure::Load { .. }, Figure::Peak] = figures {
-            let taken = watched(&mut command)?;
-            let counted: f64 = lines(&taken.said)?.iter().map(|(_, seconds)| seconds).sum();
-            return Ok(vec![(taken.wall.as_secs_f64() - counted) * 1e3, taken.peak as f64 / f64::from(1 << 20)]);
-        }
-        let speeds: Vec<f64> = lines(&said(&mut command)?)?.iter().map(|(tokens, seconds)| tokens / seconds).collect();
-        ensure!(speeds.len() == figures.len(), "{} figures of {figures:?}", speeds.len());
-        Ok(speeds)
+        command.arg(file).args(["--threads", &threads.to_string()]);
+        cases(command, figures)
     }
-}
-
-/// Its name on the command line.
-fn case(figure: &Figure) -> Option<String> {
-    match figure {
-        Figure::Prefill { tokens } => Some(format!("prefill:{tokens}")),
-        Figure::Decode { tokens, context } => Some(format!("decode:{tokens}x{context}")),
-        Figure::Batch { tokens, sequences } => Some(format!("batch:{tokens}x{sequences}")),
-        Figure::Load { prompt } => Some(format!("load:{prompt}")),
-        Figure::Serve { .. } | Figure::Peak => None,
-    }
-}
-
-/// Tokens and seconds of each case.
-fn lines(text: &str) -> Result<Vec<(f64, f64)>> {
-    let one = |line: &str| {
-        let line: Value = serde_json::from_str(line).context("a case of ours")?;
-        Ok((line["tokens"].as_f64().context("tokens")?, line["seconds"].as_f64().context("seconds")?))
-    };
-    text.lines().map(one).collect()
 }

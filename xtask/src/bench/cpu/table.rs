@@ -71,7 +71,7 @@ fn short(value: f64) -> String {
 }
 
 /// Everything about a file.
-pub(super) fn table(shape: &Shape, mixture: Mixture, all: &[Series]) -> String {
+pub(super) fn table(shape: &Shape, mixture: Mixture, peer: &str, all: &[Series]) -> String {
     let work = shape.work(mixture);
     let mut lines = vec![format!("### {} {}", shape.name, mixture.name()), String::new()];
     lines.push(format!(
@@ -80,9 +80,7 @@ pub(super) fn table(shape: &Shape, mixture: Mixture, all: &[Series]) -> String {
         limits(all)
     ));
     lines.push(String::new());
-    lines.push(
-        "| | threads | rbee | llama.cpp | ratio | in single rounds | limit | rbee of it | llama.cpp of it |".into(),
-    );
+    lines.push(format!("| | threads | rbee | {peer} | ratio | in single rounds | limit | rbee of it | {peer} of it |"));
     lines.push("|---|---|---|---|---|---|---|---|---|".into());
     lines.extend(all.iter().map(|series| row(series, &work, mixture)));
     lines.join("\n")
