@@ -15,7 +15,7 @@ use crate::simd::Isa;
 pub(crate) const RUN: usize = 32;
 
 /// Values of a task.
-const TASK: usize = 1 << 16;
+const TASK: usize = 1 << 13;
 
 /// Magnitudes below it count as zero: their reciprocal would not be finite.
 const TINY: f32 = 1e-30;
