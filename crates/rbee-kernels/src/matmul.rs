@@ -106,7 +106,8 @@ struct Shares {
 
 impl Shares {
     fn new(units: usize, threads: usize, work: usize) -> Self {
-        let levels = (work / (TASK * threads)).max(1).ilog2().min(3) as usize + 1;
+        // One thread waits for nobody.
+        let levels = if threads == 1 { 1 } else { (work / (TASK * threads)).max(1).ilog2().min(3) as usize + 1 };
         Self { units, threads, levels }
     }
 
@@ -135,7 +136,7 @@ fn each(pool: &mut Pool, n: usize, to: To, unit: usize, run: &(dyn Fn(Span) + Sy
     let (units, work) = (n.div_ceil(unit), to.m * n * to.k);
     // Waking a thread costs more than a small product.
     let threads = if work < SMALL { 1 } else { pool.threads() };
-    let shares = if threads == 1 { Shares { units, threads, levels: 1 } } else { Shares::new(units, threads, work) };
+    let shares = Shares::new(units, threads, work);
     pool.run(shares.tasks(), &|task| {
         let columns = shares.part(task);
         if !columns.is_empty() {

@@ -78,6 +78,9 @@ impl<'a> Written<'a> {
     }
 }
 
+/// Writes a key or a value at an offset of a block.
+type Put<F> = fn(&mut [<F as KvForm>::Unit], usize, &[f32]);
+
 /// The storage of one form.
 pub(crate) struct KvStore<F: KvForm> {
     keys: Vec<F::Unit>,
@@ -125,33 +128,24 @@ impl<F: KvForm> KvStore<F> {
         compute: &Compute,
         positions: impl ExactSizeIterator<Item = Written<'a>> + Clone + Sync,
     ) {
-        let (dim, blocks, few) = (self.dim, self.blocks, positions.len() < MANY);
-        let of_layer =
-            |len: usize| (blocks * len, layer * self.heads * blocks * len..(layer + 1) * self.heads * blocks * len);
-        let (key, value) = (F::key_len(dim), F::value_len(dim));
-        let write_keys = |first: usize, heads: &mut [F::Unit]| {
-            for (head, of_head) in (first..).zip(heads.chunks_exact_mut(blocks * key)) {
-                for Written { at: (block, offset), k, .. } in positions.clone() {
-                    F::write_key(&mut of_head[block * key..][..key], offset, &k[head * dim..][..dim]);
+        let Self { keys, values, blocks, heads, dim } = self;
+        let (blocks, heads, dim) = (*blocks, *heads, *dim);
+        // Of one half of the storage, in which a block of a head has so many units.
+        let half = |all: &mut [F::Unit], len: usize, put: Put<F>, of: fn(&Written<'a>) -> &'a [f32]| {
+            let of_head = blocks * len;
+            let write = |first: usize, some: &mut [F::Unit]| {
+                for (head, stretch) in (first..).zip(some.chunks_exact_mut(of_head)) {
+                    for position in positions.clone() {
+                        let (block, offset) = position.at;
+                        put(&mut stretch[block * len..][..len], offset, &of(&position)[head * dim..][..dim]);
+                    }
                 }
-            }
+            };
+            let of_layer = &mut all[layer * heads * of_head..][..heads * of_head];
+            if positions.len() < MANY { write(0, of_layer) } else { compute.stripes(of_layer, of_head, &write) }
         };
-        let write_values = |first: usize, heads: &mut [F::Unit]| {
-            for (head, of_head) in (first..).zip(heads.chunks_exact_mut(blocks * value)) {
-                for Written { at: (block, offset), v, .. } in positions.clone() {
-                    F::write_value(&mut of_head[block * value..][..value], offset, &v[head * dim..][..dim]);
-                }
-            }
-        };
-        let ((width, keys), (value_width, values)) = (of_layer(key), of_layer(value));
-        let (keys, values) = (&mut self.keys[keys], &mut self.values[values]);
-        if few {
-            write_keys(0, keys);
-            write_values(0, values);
-        } else {
-            compute.stripes(keys, width, &write_keys);
-            compute.stripes(values, value_width, &write_values);
-        }
+        half(keys, F::key_len(dim), F::write_key, |position| position.k);
+        half(values, F::value_len(dim), F::write_value, |position| position.v);
     }
 
     /// The blocks of one head of one sequence.

@@ -7,8 +7,6 @@ use rbee_engine::runner::{
     Logits, ModelLimits, ModelRunner, Reading, Regime, RunnerError, StepBatch, StepCounter, Wanted,
 };
 use rbee_kernels::Isa;
-#[cfg(doc)]
-use rbee_kernels::Kept;
 use rbee_kernels::attention::{BLOCK, PARTIAL};
 use rbee_kernels::compute::Compute;
 use rbee_kernels::kv_form::{KvForm, Q8Kv};
@@ -44,7 +42,7 @@ pub struct RunnerOptions {
     /// Keeps the matrices with fewer bits than the files have.
     pub quantize: Option<Quantize>,
     /// Multiplies weights of bf16 with activations as they are, in f32, which takes twice as long: what the products of
-    /// [`Kept::BlockFloat`] are measured against.
+    /// [`BlockFloat`](rbee_kernels::Kept::BlockFloat) are measured against.
     pub exact: bool,
     /// Instruction set to use instead of the widest: `avx512`, `avx2` or `scalar`.
     pub isa: Option<String>,
