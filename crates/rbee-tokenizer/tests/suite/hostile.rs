@@ -71,6 +71,23 @@ fn bombs_are_refused_before_they_are_parsed() {
     assert!(matches!(error(&large), Error::TooLarge { .. }));
 }
 
+/// The parser reserves what a map of characters announces, before it sees that there is less.
+#[test]
+fn a_map_of_characters_that_announces_more_than_it_has_is_refused() {
+    // A length of 0x4dd2_fc00 bytes, and a trie of 12.
+    let map = "APzSTQAAAAAAAAAAAAAAAA==";
+    let normalizers = [
+        json!({"type": "Precompiled", "precompiled_charsmap": map}),
+        json!({"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "Precompiled", "precompiled_charsmap": map}]}),
+    ];
+    for normalizer in normalizers {
+        let mut file = sentencepiece_json();
+        file["normalizer"] = normalizer;
+        let error = error(&serde_json::to_vec(&file).unwrap()).to_string();
+        assert!(error.contains("longer than it is"), "{error}");
+    }
+}
+
 /// A parser that panics on a file is an error like any other: no input ends the process.
 #[test]
 fn mutated_files_never_panic() {
