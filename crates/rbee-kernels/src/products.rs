@@ -9,7 +9,7 @@
 use crate::ints::{GROUP, Ints, LINE};
 use crate::matmul::{Span, To, store};
 use crate::packed::Tiles;
-use crate::quantized::{HEAD, Q4_0, Q4K, Q5K, Q6K, Q8_0, RUNS, SCALES};
+use crate::quantized::{HEAD, Q4_0, Q4K, Q5K, Q6K, Q8_0, RUNS, SCALES, Sixes};
 use crate::rounded::{RUN, Rounded, Run, Step};
 use crate::simd::{Kernel, LANES, Lanes};
 use half::f16;
@@ -281,7 +281,7 @@ unsafe fn add_scaled<L: Lanes, const R: usize, const T: usize>(
 }
 
 /// Adds a run's whole numbers to the sums where each output has a scale and a minimum for it: in blocks of Q4_K or Q5_K, that have 16
-/// values of each kind at the beginning, and then 16 of each for every run.
+/// values of each kind at the beginning, and then [`Sixes`].
 ///
 /// # Safety
 /// As [`Form::run`].
@@ -295,9 +295,10 @@ unsafe fn add_scaled_less<L: Lanes, const R: usize, const T: usize>(
     // SAFETY: the caller's.
     unsafe {
         for (t, block) in meeting.in_blocks(bytes, 0).into_iter().enumerate() {
-            let bits = block.add(HEAD + meeting.of_block() * SCALES);
-            let scale = L::load_u8(bits).fma(halves(block), L::splat(0.0));
-            let min = L::load_u8(bits.add(LANES)).fma(halves(block.add(SCALES)), L::splat(0.0));
+            let sixes = Sixes::of(meeting.of_block());
+            let (scale, min) = L::load_sixes(block.add(sixes.own), block.add(sixes.shared), sixes.shift);
+            let scale = scale.fma(halves(block), L::splat(0.0));
+            let min = min.fma(halves(block.add(SCALES)), L::splat(0.0));
             for (r, sums) in sums.iter_mut().enumerate() {
                 let about = meeting.about(r);
                 sums[t] = min.fma(L::splat(about.sum), add(sums[t], ints[r][t], scale, about.scale));

@@ -27,11 +27,35 @@ use crate::simd::LANES;
 const BLOCK: usize = 256;
 pub(crate) const RUNS: usize = BLOCK / RUN;
 
-/// Bytes of the scales of a run: an f16, or two of eight bits or less, for each output.
+/// Bytes of the scales of a run: an f16, or two of eight bits, for each output.
 pub(crate) const SCALES: usize = 2 * LANES;
 
 /// Bytes at the beginning of a large block: `d` and then `-dmin` of all outputs, where there is one.
 pub(crate) const HEAD: usize = 2 * SCALES;
+
+/// Where scale and minimum of a run of Q4_K or Q5_K are in its block: six bits each, twelve of them for each output. Two runs share
+/// three bytes: one of each with the scale and the minimum's lower two bits, and one with the minima's upper four, the first
+/// run's in its low half.
+#[derive(Clone, Copy)]
+pub(crate) struct Sixes {
+    /// Sixteen bytes of the run alone.
+    pub(crate) own: usize,
+    /// Sixteen that it shares.
+    pub(crate) shared: usize,
+    /// Its bits' place in these.
+    pub(crate) shift: u32,
+}
+
+impl Sixes {
+    /// Bytes of a block's.
+    const ALL: usize = RUNS / 2 * 3 * LANES;
+
+    #[inline(always)]
+    pub(crate) const fn of(run: usize) -> Self {
+        let pair = HEAD + run / 2 * 3 * LANES;
+        Self { own: pair + run % 2 * LANES, shared: pair + 2 * LANES, shift: run as u32 % 2 * 4 }
+    }
+}
 
 /// Lines of a run that has a line for each group, and that has one for two.
 const WHOLE: usize = RUN / GROUP * LINE;
@@ -46,11 +70,6 @@ pub(crate) struct Q6K;
 /// Where the weights of a run are in a tile of small blocks.
 const fn after_scales(k: usize, run: usize, bytes: usize) -> usize {
     (k / RUN * SCALES).next_multiple_of(LINE) + run * bytes
-}
-
-/// Where the weights of a run are in a large block.
-const fn in_block(run: usize, bytes: usize) -> usize {
-    HEAD + RUNS * SCALES + run * bytes
 }
 
 impl Q8_0 {
@@ -74,7 +93,7 @@ impl Q4K {
     pub(crate) const BLOCK: usize = Self::weights(RUNS);
     #[inline(always)]
     pub(crate) const fn weights(run: usize) -> usize {
-        in_block(run, Self::RUN)
+        HEAD + Sixes::ALL + run * Self::RUN
     }
 }
 
@@ -84,7 +103,7 @@ impl Q5K {
     pub(crate) const BLOCK: usize = Self::weights(RUNS);
     #[inline(always)]
     pub(crate) const fn weights(run: usize) -> usize {
-        in_block(run, Self::RUN)
+        HEAD + Sixes::ALL + run * Self::RUN
     }
 }
 
@@ -94,7 +113,7 @@ impl Q6K {
     pub(crate) const BLOCK: usize = Self::weights(RUNS);
     #[inline(always)]
     pub(crate) const fn weights(run: usize) -> usize {
-        in_block(run, Self::RUN)
+        HEAD + RUNS * SCALES + run * Self::RUN
     }
 }
 
@@ -105,9 +124,9 @@ pub enum Quantization {
     Q8_0,
     /// 4.5 bits per weight.
     Q4_0,
-    /// 4.6 bits per weight.
+    /// 4.5 bits per weight.
     Q4K,
-    /// 5.6 bits per weight.
+    /// 5.5 bits per weight.
     Q5K,
     /// 6.6 bits per weight.
     Q6K,
@@ -203,6 +222,11 @@ impl Column<'_> {
         self.tile[at + self.column] = byte;
     }
 
+    /// Writes bits of a byte beside those that it has.
+    fn bits(&mut self, at: usize, bits: u8) {
+        self.tile[at + self.column] |= bits;
+    }
+
     /// Writes an f16 of a file, if it is a number.
     fn half(&mut self, at: usize, bytes: [u8; 2], sign: f32) -> Result<(), NotFinite> {
         let value = f16::from_le_bytes(bytes);
@@ -274,8 +298,9 @@ fn put(form: Quantization, row: &[u8], mut column: Column<'_>) -> Result<(), Not
                 column.half(at + SCALES, [block[2], block[3]], -1.0)?;
                 for run in 0..RUNS {
                     let (scale, min) = scale_and_min(&block[4..16], run);
-                    column.byte(at + HEAD + run * SCALES, scale);
-                    column.byte(at + HEAD + run * SCALES + LANES, min);
+                    let sixes = Sixes::of(run);
+                    column.byte(at + sixes.own, scale | min << 6);
+                    column.bits(at + sixes.shared, min >> 2 << sixes.shift);
                     let weights = at + if five { Q5K::weights(run) } else { Q4K::weights(run) };
                     column.halves(weights, |group| four(block, first + run / 2 * RUN + group * GROUP) >> (run % 2 * 4));
                     if five {
@@ -336,9 +361,10 @@ pub(crate) fn read(form: Quantization, tile: &[u8], column: usize, out: &mut [f3
                         let weights = at + Q5K::weights(run_of_block);
                         (at, weights, (weight(weights + HALVES, i) >> (i / GROUP) & 1) << 4)
                     };
-                    let scales = at + HEAD + run_of_block * SCALES;
-                    let (scale, min) =
-                        (half(at) * f32::from(byte(scales)), half(at + SCALES) * f32::from(byte(scales + LANES)));
+                    let sixes = Sixes::of(run_of_block);
+                    let own = byte(at + sixes.own);
+                    let min = own >> 6 | (byte(at + sixes.shared) >> sixes.shift & 15) << 2;
+                    let (scale, min) = (half(at) * f32::from(own & 63), half(at + SCALES) * f32::from(min));
                     f32::from(of_four(weights, i) | fifth).mul_add(scale, min)
                 }
                 Quantization::Q6K => {

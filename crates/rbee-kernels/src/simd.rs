@@ -109,11 +109,12 @@ pub trait Lanes: Copy {
     /// # Safety
     /// `at` points to 16 values.
     unsafe fn load_i8(at: *const i8) -> Self;
-    /// Sixteen unsigned bytes.
+    /// Twice sixteen whole numbers of six bits: the lower six of a byte, and its upper two below the four that stand in another, from
+    /// bit `shift` on, which is 0 or 4.
     ///
     /// # Safety
-    /// `at` points to 16 values.
-    unsafe fn load_u8(at: *const u8) -> Self;
+    /// `own` and `shared` point to 16 bytes each.
+    unsafe fn load_sixes(own: *const u8, shared: *const u8, shift: u32) -> (Self, Self);
     /// Two to the power of each of sixteen bytes less 127, which are below 255; zero for a byte of zero.
     ///
     /// # Safety
@@ -178,9 +179,11 @@ impl Lanes for [f32; LANES] {
         std::array::from_fn(|i| unsafe { f32::from(*at.add(i)) })
     }
     #[inline(always)]
-    unsafe fn load_u8(at: *const u8) -> Self {
+    unsafe fn load_sixes(own: *const u8, shared: *const u8, shift: u32) -> (Self, Self) {
         // SAFETY: the caller's.
-        std::array::from_fn(|i| unsafe { f32::from(*at.add(i)) })
+        let (own, upper) = unsafe { (own.cast::<[u8; LANES]>().read(), shared.cast::<[u8; LANES]>().read()) };
+        let second = |i| f32::from(own[i] >> 6 | (upper[i] >> shift & 15) << 2);
+        (own.map(|byte| f32::from(byte & 63)), std::array::from_fn(second))
     }
     #[inline(always)]
     unsafe fn load_powers(at: *const u8) -> Self {
@@ -239,6 +242,22 @@ mod x86 {
         }
     }
 
+    /// Bytes of six bits: see [`Lanes::load_sixes`].
+    ///
+    /// # Safety
+    /// As there; SSE2 is part of x86-64.
+    #[inline(always)]
+    unsafe fn sixes(own: *const u8, shared: *const u8, shift: u32) -> (__m128i, __m128i) {
+        // SAFETY: the caller's. What shifts bring in from the neighbouring byte is masked.
+        unsafe {
+            let own = _mm_loadu_si128(own.cast());
+            let upper = _mm_srl_epi16(_mm_loadu_si128(shared.cast()), _mm_cvtsi32_si128(shift as i32));
+            let lower = _mm_and_si128(_mm_srli_epi16::<6>(own), _mm_set1_epi8(3));
+            let upper = _mm_and_si128(_mm_slli_epi16::<2>(upper), _mm_set1_epi8(0x3c));
+            (_mm_and_si128(own, _mm_set1_epi8(63)), _mm_or_si128(lower, upper))
+        }
+    }
+
     impl Lanes for __m512 {
         const WIDE: bool = true;
         type Ints = __m512i;
@@ -263,9 +282,12 @@ mod x86 {
             unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(at.cast()))) }
         }
         #[inline(always)]
-        unsafe fn load_u8(at: *const u8) -> Self {
+        unsafe fn load_sixes(own: *const u8, shared: *const u8, shift: u32) -> (Self, Self) {
             // SAFETY: the caller's.
-            unsafe { wide512(_mm_loadu_si128(at.cast())) }
+            unsafe {
+                let (first, second) = sixes(own, shared, shift);
+                (wide512(first), wide512(second))
+            }
         }
         #[inline(always)]
         unsafe fn load_powers(at: *const u8) -> Self {
@@ -315,9 +337,12 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn load_u8(at: *const u8) -> Self {
+        unsafe fn load_sixes(own: *const u8, shared: *const u8, shift: u32) -> (Self, Self) {
             // SAFETY: the caller's.
-            unsafe { wide256(_mm_loadu_si128(at.cast())) }
+            unsafe {
+                let (first, second) = sixes(own, shared, shift);
+                (wide256(first), wide256(second))
+            }
         }
         #[inline(always)]
         unsafe fn load_powers(at: *const u8) -> Self {
