@@ -113,7 +113,12 @@ impl<S: Step> Body for Round<'_, S> {
                     *step = S::of(whole);
                 }
                 if S::SUMMED {
-                    *sum = whole.into_iter().fold(0, i32::wrapping_add);
+                    // Folded in halves, as vectors are: in order it takes four times as long.
+                    for half in [8, 4, 2, 1] {
+                        let (low, high) = whole.split_at_mut(half);
+                        low.iter_mut().zip(high).for_each(|(low, high)| *low = low.wrapping_add(*high));
+                    }
+                    *sum = whole[0];
                 }
             }
             let scale = if high < f32::INFINITY { scale } else { f32::NAN };
