@@ -44,7 +44,7 @@ pub(crate) const fn tile(k: usize) -> usize {
 impl Form for BlockFloat {
     type Step = i16;
     const BYTES: usize = LANES + LINES;
-    const ALONE: usize = 6;
+    const ALONE: usize = 16;
 
     #[inline(always)]
     unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<i16, R, T>, sums: &mut [[L; T]; R]) {
