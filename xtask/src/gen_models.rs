@@ -16,7 +16,7 @@ const ABOUT: &str = "# Models
 `chat_template.jinja` for chats), and `model.safetensors` or shards with `model.safetensors.index.json`; or a GGUF file, see below. On a CPU weights in f32 and
 f16 are kept in their type and meet activations in f32; weights in bf16 are kept as whole numbers of 16 bits with an exponent for every 32, and meet activations of
 15 bits and a sign (`RBEE_EXACT=1`: as those in f16, at half of the speed). Sums are in f32. With `--quantize q8_0` matrices are kept with 8.5 bits a weight, with `--quantize q4_k`
-with 4.6, and embedding and head with 8.5; matrices whose rows are not whole blocks (of 32, of 256) have the next larger form, and
+with 4.5, and embedding and head with 8.5; matrices whose rows are not whole blocks (of 32, of 256) have the next larger form, and
 routers keep their type. The KV cache has the weights' type, f16 beside quantized weights, or `--kv-type f32|f16|bf16|q8_0`.
 
 Each line below is a small random model whose logits and greedy tokens `cargo xtask test` compares with transformers in f32: the
@@ -35,7 +35,7 @@ A file's path, `org/name:FILE.gguf` or `org/name:Q4_K_M`; of one that was split,
 `config.json` and the tokenizer's files say is read from the metadata. Architectures: llama (Mistral and Mixtral with it), qwen2, qwen3,
 qwen3moe, phi3, gemma2, gemma3, granite, olmo2, smollm3. Tensors: F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K to Q6_K; others,
 such as IQ and MXFP4, are refused by name. In memory each has the very values of the file: Q8_0 and Q5_0 take 8.5 bits a weight,
-Q4_0 4.5, Q4_K 4.6, Q5_K 5.6, Q6_K and Q3_K 6.6; Q4_1, Q5_1 and Q2_K take 16, rounded to f16. Beside weights of fewer than 16 bits
+Q4_0 and Q4_K 4.5, Q5_K 5.5, Q6_K and Q3_K 6.6; Q4_1, Q5_1 and Q2_K take 16, rounded to f16. Beside weights of fewer than 16 bits
 activations are rounded to 8 bits, 32 of them to a scale, as llama.cpp does with coarser scales. Vocabularies: byte-level BPE with the
 rules for words that llama.cpp knows by name, and SentencePiece with scores; an unknown rule is refused by its name.
 

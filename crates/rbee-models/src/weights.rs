@@ -32,7 +32,7 @@ const PAGE: usize = 4 << 10;
 pub enum Quantize {
     /// 8.5 bits per weight.
     Q8_0,
-    /// 4.6 bits per weight; 8.5 for embedding and head, and where rows are not whole blocks of 256.
+    /// 4.5 bits per weight; 8.5 for embedding and head, and where rows are not whole blocks of 256.
     Q4K,
 }
 
