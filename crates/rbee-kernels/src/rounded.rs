@@ -113,7 +113,7 @@ impl<S: Step> Body for Round<'_, S> {
                     *step = S::of(whole);
                 }
                 if S::SUMMED {
-                    // Folded in halves, as vectors are: in order it takes four times as long.
+                    // Folded in halves, as vectors are: in order, all of the rounding takes twice as long.
                     for half in [8, 4, 2, 1] {
                         let (low, high) = whole.split_at_mut(half);
                         low.iter_mut().zip(high).for_each(|(low, high)| *low = low.wrapping_add(*high));

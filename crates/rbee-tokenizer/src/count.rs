@@ -31,7 +31,8 @@ pub(crate) fn check_values(bytes: &[u8], limit: usize) -> Result<(), String> {
 /// Whether a map of characters has the trie that it announces. One that cannot be decoded is left to the parser, which
 /// does not come as far as to reserve anything.
 fn has_its_trie(charsmap: &str) -> bool {
-    let mut bytes = [0; 6];
+    // Room for what that many letters could be at most.
+    let mut bytes = [0; LENGTH_LETTERS];
     match charsmap.as_bytes().get(..LENGTH_LETTERS).map(|letters| BASE64.decode_slice(letters, &mut bytes)) {
         Some(Ok(4..)) => {}
         _ => return true,
