@@ -24,15 +24,8 @@ use crate::simd::{Element, Isa, Kernel, LANES, Lanes, dispatch};
 /// Multiply-adds below which a product is left to the calling thread: about 10 microseconds of one core.
 const SMALL: usize = 1 << 18;
 
-/// Multiply-adds of one task: enough to be worth handing out.
-const TASK: usize = 1 << 17;
-
-/// How often a product is halved at most.
-const HALVINGS: u32 = 3;
-
-/// The same of one row. Each halving costs every thread half a microsecond, of the 40 to 200 that a product of a 1.1B takes then: a step
-/// is 1 to 2 % shorter than with [`HALVINGS`].
-const HALVINGS_OF_ONE_ROW: u32 = 1;
+/// Multiply-adds of a task: about a microsecond of one core that waits for memory.
+const TASK: usize = 1 << 16;
 
 thread_local! {
     /// Kept between products: rows in steps of eight bits and of fifteen.
@@ -101,60 +94,22 @@ pub(crate) struct Span {
     pub(crate) columns: Range<usize>,
 }
 
-/// How units of columns are shared out: half of them in parts alike, one for each thread, then half of the rest, and so on. Long parts are
-/// read in one stream; short ones at the end leave no thread waiting long for another.
-#[derive(Clone, Copy)]
-struct Shares {
-    units: usize,
-    threads: usize,
-    /// Times that something is halved, and one.
-    levels: usize,
-}
-
-impl Shares {
-    fn new(units: usize, threads: usize, work: usize, halvings: u32) -> Self {
-        // One thread waits for nobody.
-        let halvings = if threads == 1 { 0 } else { (work / (TASK * threads)).max(1).ilog2().min(halvings) };
-        Self { units, threads, levels: halvings as usize + 1 }
-    }
-
-    fn tasks(self) -> usize {
-        self.threads * self.levels
-    }
-
-    /// Where a part begins: at an even number, as tiles are met in pairs.
-    fn start(self, task: usize) -> usize {
-        let (level, part) = (task / self.threads, task % self.threads);
-        if level == self.levels {
-            return self.units;
-        }
-        let rest = self.units >> level;
-        let here = if level + 1 == self.levels { rest } else { rest - (self.units >> (level + 1)) };
-        (self.units - rest + here * part / self.threads) & !1
-    }
-
-    fn part(self, task: usize) -> Range<usize> {
-        self.start(task)..self.start(task + 1)
-    }
-}
-
-/// Hands out the columns of a segment of `n` outputs in units of so many.
-fn each(pool: &mut Pool, n: usize, to: To, unit: usize, run: &(dyn Fn(Span) + Sync)) {
-    let (units, work) = (n.div_ceil(unit), to.m * n * to.k);
+/// Hands out the columns of a segment of `n` outputs in units of so many, of which some stay together.
+fn each(pool: &mut Pool, n: usize, to: To, unit: usize, together: usize, run: &(dyn Fn(Span) + Sync)) {
+    let units = n.div_ceil(unit);
     // Waking a thread costs more than a small product.
-    let threads = if work < SMALL { 1 } else { pool.threads() };
-    let shares = Shares::new(units, threads, work, if to.m == 1 { HALVINGS_OF_ONE_ROW } else { HALVINGS });
-    pool.run(shares.tasks(), &|task| {
-        let columns = shares.part(task);
-        if !columns.is_empty() {
-            run(Span { to, n, columns });
-        }
+    if to.m * n * to.k < SMALL {
+        return run(Span { to, n, columns: 0..units });
+    }
+    let work = together * unit * to.m * to.k;
+    pool.share(units.div_ceil(together), (TASK / work).max(1), &|some| {
+        run(Span { to, n, columns: some.start * together..units.min(some.end * together) });
     });
 }
 
 fn plain<T: Element>(pool: &mut Pool, isa: Isa, x: &[f32], w: &Segment, to: To) {
     let data = w.data.values::<T>();
-    each(pool, w.n, to, PANEL, &|part| {
+    each(pool, w.n, to, PANEL, 1, &|part| {
         // SAFETY: tasks have disjoint panels, hence disjoint columns of the output, which outlives the call; the lengths and the
         // instruction set were checked before, and a packed matrix has whole panels.
         unsafe { dispatch(isa, Columns { part, x, w: data }) }
@@ -163,7 +118,8 @@ fn plain<T: Element>(pool: &mut Pool, isa: Isa, x: &[f32], w: &Segment, to: To) 
 
 fn rounded<F: Form + Sync>(pool: &mut Pool, isa: Isa, x: &Rounded<F::Step>, w: &Segment, to: To) {
     let tiles = w.tiles();
-    each(pool, w.n, to, LANES, &|part| {
+    // Tiles are met in pairs.
+    each(pool, w.n, to, LANES, 2, &|part| {
         // SAFETY: as above, of tiles.
         unsafe { dispatch(isa, products::Columns::<F> { part, rounded: x, w: tiles, form: PhantomData }) }
     });
@@ -284,23 +240,6 @@ mod tests {
                             matmul(&mut pool, isa, &x[row * k..][..k], &packed, &mut alone);
                             assert_eq!(alone, want[row * n..][..n], "{isa:?} {m}x{n}x{k} row {row}");
                         }
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn shares_are_all_columns_once() {
-        for units in [1, 2, 3, 16, 17, 352, 2004] {
-            for threads in [1, 2, 3, 16] {
-                for work in [0, TASK * threads, 5 * TASK * threads, 1 << 30] {
-                    for halvings in [HALVINGS_OF_ONE_ROW, HALVINGS] {
-                        let shares = Shares::new(units, threads, work, halvings);
-                        let parts: Vec<_> = (0..shares.tasks()).map(|task| shares.part(task)).collect();
-                        assert!(parts.iter().all(|part| part.start <= part.end && part.start.is_multiple_of(2)));
-                        assert!(parts.windows(2).all(|pair| pair[0].end == pair[1].start));
-                        assert_eq!((parts[0].start, parts[parts.len() - 1].end), (0, units));
                     }
                 }
             }

@@ -42,6 +42,8 @@ struct Shared {
 /// The pool. Dropping it ends its threads.
 pub struct Pool {
     shared: Arc<Shared>,
+    /// One for each thread.
+    shares: Vec<Share>,
     threads: Vec<std::thread::JoinHandle<()>>,
 }
 
@@ -59,14 +61,15 @@ impl Pool {
             sleepers: AtomicUsize::new(0),
             stop: AtomicBool::new(false),
         });
-        let threads = (1..threads)
+        let threads: Vec<_> = (1..threads)
             .filter_map(|i| {
                 let shared = Arc::clone(&shared);
                 // Fewer threads than wished for is slower and never wrong.
                 std::thread::Builder::new().name(format!("compute-{i}")).spawn(move || shared.serve()).ok()
             })
             .collect();
-        Self { shared, threads }
+        let shares = std::iter::repeat_with(Share::default).take(threads.len() + 1).collect();
+        Self { shared, shares, threads }
     }
 
     /// Threads that take part, the caller included.
@@ -79,6 +82,33 @@ impl Pool {
     /// # Panics
     /// When a task panicked.
     pub fn run(&mut self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
+        self.round(tasks, task);
+    }
+
+    /// Runs `task` for ranges that are all of `0..units` together, on all threads, and returns when all are done. Each thread goes through a
+    /// share of its own, of which it claims half of what is left, and `least` units at least; one that has none left takes the further
+    /// half of another's. So a thread reads what stands in order of the units in one stream, and waits for others no longer than they need
+    /// for `least` units, however much slower they are.
+    ///
+    /// # Panics
+    /// When a task panicked, or there are 2^32 units.
+    pub fn share(&mut self, units: usize, least: usize, task: &(dyn Fn(Range<usize>) + Sync)) {
+        assert!(u32::try_from(units).is_ok(), "{units} units");
+        let threads = self.threads();
+        if threads == 1 || units <= 1 {
+            return task(0..units);
+        }
+        for (thread, share) in self.shares.iter().enumerate() {
+            share.set(units * thread / threads..units * (thread + 1) / threads);
+        }
+        self.round(threads, &|own| {
+            while let Some(range) = next(&self.shares, own, least) {
+                task(range);
+            }
+        });
+    }
+
+    fn round(&self, tasks: usize, task: &(dyn Fn(usize) + Sync)) {
         if self.threads.is_empty() || tasks <= 1 {
             (0..tasks).for_each(task);
             return;
@@ -110,7 +140,76 @@ impl Pool {
     }
 }
 
-/// An output whose parts are written by different tasks of one [`Pool::run`].
+/// What is left of a thread's share: the first unit in the upper half of a word and the end in the lower, on cache lines of its own. Units
+/// are claimed by whoever changes it, and nothing else is told by it.
+#[derive(Default)]
+#[repr(align(128))]
+struct Share(AtomicU64);
+
+impl Share {
+    fn set(&self, units: Range<usize>) {
+        self.0.store(Self::word(&units), Ordering::Relaxed);
+    }
+
+    fn word(units: &Range<usize>) -> u64 {
+        (units.start as u64) << 32 | units.end as u64
+    }
+
+    fn of(word: u64) -> Range<usize> {
+        (word >> 32) as usize..word as u32 as usize
+    }
+
+    fn left(&self) -> usize {
+        Self::of(self.0.load(Ordering::Relaxed)).len()
+    }
+
+    /// Claims the nearer half, of at least so many units if there are.
+    fn front(&self, least: usize) -> Option<Range<usize>> {
+        self.claim(|units| {
+            let middle = units.end.min(units.start + least.max(units.len() / 2));
+            (units.start..middle, middle..units.end)
+        })
+    }
+
+    /// Claims the further half.
+    fn back(&self) -> Option<Range<usize>> {
+        self.claim(|units| {
+            let middle = units.start + units.len() / 2;
+            (middle..units.end, units.start..middle)
+        })
+    }
+
+    /// Claims the first of two parts of what is left and leaves the second, if there is anything.
+    fn claim(&self, parts: impl Fn(Range<usize>) -> (Range<usize>, Range<usize>)) -> Option<Range<usize>> {
+        let mut word = self.0.load(Ordering::Relaxed);
+        loop {
+            let units = Self::of(word);
+            if units.is_empty() {
+                return None;
+            }
+            let (claimed, rest) = parts(units);
+            match self.0.compare_exchange_weak(word, Self::word(&rest), Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Some(claimed),
+                Err(now) => word = now,
+            }
+        }
+    }
+}
+
+/// The next units of a thread: of its own share, or of the longest that is left.
+fn next(shares: &[Share], own: usize, least: usize) -> Option<Range<usize>> {
+    loop {
+        if let Some(units) = shares[own].front(least) {
+            return Some(units);
+        }
+        let longest = shares.iter().max_by_key(|share| share.left()).filter(|share| share.left() > 0)?;
+        if let Some(units) = longest.back() {
+            shares[own].set(units);
+        }
+    }
+}
+
+/// An output whose parts are written by different tasks of one [`Pool::run`] or [`Pool::share`].
 pub struct SharedOut<'a, T> {
     start: *mut T,
     len: usize,
@@ -214,6 +313,8 @@ impl Shared {
 
 #[cfg(test)]
 mod tests {
+    use std::time::{Duration, Instant};
+
     use super::*;
 
     #[test]
@@ -228,6 +329,42 @@ mod tests {
                 assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
             }
         }
+    }
+
+    #[test]
+    fn every_unit_is_in_one_range() {
+        let mut pool = Pool::new(4);
+        for units in [0usize, 1, 2, 3, 17, 1000] {
+            for least in [1, 5, 2000] {
+                for _ in 0..200 {
+                    let counts: Vec<AtomicUsize> = (0..units).map(|_| AtomicUsize::new(0)).collect();
+                    pool.share(units, least, &|range| {
+                        for i in range {
+                            counts[i].fetch_add(1, Ordering::Relaxed);
+                        }
+                    });
+                    assert!(counts.iter().all(|count| count.load(Ordering::Relaxed) == 1));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_a_slow_thread_has_not_begun_is_taken_by_others() {
+        const UNITS: usize = 1000;
+        let (held, done) = (AtomicBool::new(false), AtomicUsize::new(0));
+        Pool::new(2).share(UNITS, 1, &|range| {
+            let units = range.len();
+            if range.contains(&0) {
+                let end = Instant::now() + Duration::from_secs(60);
+                while done.load(Ordering::Relaxed) < UNITS - units && Instant::now() < end {
+                    std::thread::yield_now();
+                }
+                held.store(done.load(Ordering::Relaxed) == UNITS - units, Ordering::Relaxed);
+            }
+            done.fetch_add(units, Ordering::Relaxed);
+        });
+        assert!(held.load(Ordering::Relaxed));
     }
 
     #[test]
