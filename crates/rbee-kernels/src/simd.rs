@@ -122,6 +122,8 @@ pub trait Lanes: Copy {
     unsafe fn load_powers(at: *const u8) -> Self;
     /// Asks for the line of memory at `at`, which need not exist.
     fn fetch(at: *const u8);
+    /// The same of a line that is read once: it takes no other's place in the larger caches.
+    fn fetch_once(at: *const u8);
     /// Writes all lanes.
     ///
     /// # Safety
@@ -164,6 +166,8 @@ impl Lanes for [f32; LANES] {
     type Ints = [i32; LANES];
     #[inline(always)]
     fn fetch(_: *const u8) {}
+    #[inline(always)]
+    fn fetch_once(_: *const u8) {}
     #[inline(always)]
     unsafe fn splat(value: f32) -> Self {
         [value; LANES]
@@ -267,6 +271,11 @@ mod x86 {
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
         }
         #[inline(always)]
+        fn fetch_once(at: *const u8) {
+            // SAFETY: as above.
+            unsafe { _mm_prefetch::<_MM_HINT_NTA>(at.cast()) }
+        }
+        #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
             // SAFETY: AVX-512F is there.
             unsafe { _mm512_set1_ps(value) }
@@ -316,6 +325,11 @@ mod x86 {
         fn fetch(at: *const u8) {
             // SAFETY: SSE is part of x86-64, and no address is wrong to ask for.
             unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+        }
+        #[inline(always)]
+        fn fetch_once(at: *const u8) {
+            // SAFETY: as above.
+            unsafe { _mm_prefetch::<_MM_HINT_NTA>(at.cast()) }
         }
         #[inline(always)]
         unsafe fn splat(value: f32) -> Self {
