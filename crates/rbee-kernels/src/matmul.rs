@@ -212,6 +212,8 @@ pub(crate) unsafe fn store<L: Lanes>(sum: L, out: *mut f32, room: usize) {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
     use crate::packed::{Part, WeightType};
     use crate::testing::{bytes, values};
@@ -242,6 +244,24 @@ mod tests {
                         }
                     }
                 }
+            }
+        }
+    }
+
+    #[test]
+    fn columns_are_handed_out_once_and_tiles_in_pairs() {
+        let (k, out) = (SMALL / 64, std::ptr::null_mut());
+        for n in [1, 16, 17, 48, 256, 500, 5632] {
+            for (threads, m) in [(1, 1), (2, 1), (3, 7), (16, 1)] {
+                let spans = Mutex::new(Vec::new());
+                each(&mut Pool::new(threads), n, To { m, k, stride: n, out }, LANES, 2, &|span| {
+                    spans.lock().unwrap().push((span.columns.start, span.columns.end));
+                });
+                let mut spans = spans.into_inner().unwrap();
+                spans.sort_unstable();
+                assert!(spans.iter().all(|(start, end)| start < end && start.is_multiple_of(2)), "{spans:?}");
+                assert!(spans.windows(2).all(|pair| pair[0].1 == pair[1].0), "{spans:?}");
+                assert_eq!((spans[0].0, spans[spans.len() - 1].1), (0, n.div_ceil(LANES)));
             }
         }
     }

@@ -87,8 +87,8 @@ impl Pool {
 
     /// Runs `task` for ranges that are all of `0..units` together, on all threads, and returns when all are done. Each thread goes through a
     /// share of its own, of which it claims half of what is left, and `least` units at least; one that has none left takes the further
-    /// half of another's. So a thread reads what stands in order of the units in one stream, and waits for others no longer than they need
-    /// for `least` units, however much slower they are.
+    /// half of another's. So a thread reads what stands in order of the units in one stream, and the last claims are of about `least`
+    /// units: others wait longer only for a thread so slow that all else is done before the first half of its share.
     ///
     /// # Panics
     /// When a task panicked, or there are 2^32 units.
