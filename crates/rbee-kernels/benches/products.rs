@@ -49,7 +49,7 @@ fn main() {
     for (name, kept) in KEPT.into_iter().filter(|(name, _)| named(name)) {
         let part = Part { kept, kind: WeightType::F32, bytes: &bytes };
         let copies = BYTES.div_ceil(Kept::bytes(&[(kept, OUTPUTS as u64)], INPUTS as u64));
-        let pack = |_| Packed::new(&mut Pool::new(2), &[part], INPUTS).expect("the weights are numbers");
+        let pack = |_| Packed::new(&mut Pool::new(2), Isa::detect(), &[part], INPUTS).expect("the weights are numbers");
         let matrices: Vec<Packed> = (0..copies).map(pack).collect();
         for threads in [1, 2] {
             let mut pool = Pool::new(threads);

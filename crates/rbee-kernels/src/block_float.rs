@@ -10,11 +10,13 @@
 
 #![expect(unsafe_code, reason = "SIMD kernels over raw pointers")]
 
+use half::bf16;
+
 use crate::ints::{Ints, LINE};
 use crate::packed::{NotFinite, WeightType, widen};
 use crate::products::{Form, Meeting, add};
 use crate::rounded::RUN;
-use crate::simd::{LANES, Lanes};
+use crate::simd::{Element, Isa, Kernel, LANES, Lanes, dispatch};
 
 pub(crate) struct BlockFloat;
 
@@ -71,47 +73,90 @@ impl Form for BlockFloat {
 }
 
 /// A power of two, as an f32 without its bits of fraction has it.
+#[inline(always)]
 fn power(byte: u8) -> f32 {
     f32::from_bits(u32::from(byte) << 23)
 }
 
-/// The power of two that a run's weights are multiples of, and its reciprocal.
-fn step(run: &[f32; RUN]) -> (u8, f32) {
-    let (mut highs, mut sums) = ([0f32; 8], [0f32; 8]);
+/// The power of two that a run's weights are multiples of, and its reciprocal; `None` where one is infinite or not a number.
+#[inline(always)]
+fn step(run: &[f32; RUN]) -> Option<(u8, f32)> {
+    // Magnitudes have the order of their bits.
+    let (mut highs, mut sums) = ([0u32; 8], [0f32; 8]);
     for weights in run.as_chunks::<8>().0 {
         for ((high, sum), weight) in highs.iter_mut().zip(&mut sums).zip(weights) {
             let weight = weight.abs();
-            *high = if weight > *high { weight } else { *high };
-            *sum += weight / MOST_OF_RUN;
+            *high = (*high).max(weight.to_bits());
+            // Each on its own: the largest ones' sum is no f32.
+            *sum += weight * (1.0 / MOST_OF_RUN);
         }
     }
-    let least = highs.into_iter().fold(0f32, f32::max) / MOST;
-    let least = sums.into_iter().sum::<f32>().max(least);
+    let high = f32::from_bits(highs.into_iter().fold(0, u32::max));
+    if !high.is_finite() {
+        return None;
+    }
+    let least = sums.into_iter().sum::<f32>().max(high * (1.0 / MOST));
     // The next power of two above it; weights that would ask for one below an f32's smallest are rounded to that one's multiples.
     let byte = ((least.to_bits() >> 23) + 1) as u8;
-    (byte, power(254 - byte))
+    Some((byte, power(254 - byte)))
 }
 
-/// Packs the rows of one tile into `out`, which is zeroed.
+/// Packs the rows of one tile into `out`, which is zeroed, on an instruction set that is there.
 ///
 /// # Errors
 /// When a weight is infinite or not a number.
-pub(crate) fn pack(rows: &[(WeightType, &[u8])], k: usize, out: &mut [u8]) -> Result<(), NotFinite> {
-    // Adding it rounds to a whole number, ties to even, which then stands in the lowest bits.
-    const ROUND: f32 = 12_582_912.0;
-    for (column, (kind, bytes)) in rows.iter().enumerate() {
-        for (run, weights) in widen(*kind, bytes)?.as_chunks::<RUN>().0.iter().enumerate() {
-            let (byte, inverse) = step(weights);
-            out[run * LANES + column] = byte;
-            let whole = weights.map(|weight| (weight * inverse + ROUND).to_bits() as u16);
-            let lines = out[lines(k, run)..][..LINES].as_chunks_mut::<LINE>().0;
-            for (line, pair) in lines.iter_mut().zip(whole.as_chunks::<PAIR>().0) {
-                let pair = u32::from(pair[0]) | u32::from(pair[1]) << 16;
-                line[column * size_of::<u32>()..][..size_of::<u32>()].copy_from_slice(&pair.to_ne_bytes());
+pub(crate) fn pack(isa: Isa, rows: &[(WeightType, &[u8])], k: usize, out: &mut [u8]) -> Result<(), NotFinite> {
+    let mut sound = true;
+    if rows.iter().all(|(kind, _)| *kind == WeightType::Bf16) {
+        let rows: Vec<_> = rows.iter().map(|(_, bytes)| bytes.as_chunks().0).collect();
+        let value = |bytes| bf16::from_le_bytes(bytes).widen();
+        // SAFETY: the instruction set was checked before, and the kernel asks for nothing else.
+        unsafe { dispatch(isa, Pack { rows: &rows, value, k, out, sound: &mut sound }) };
+    } else {
+        let rows = rows.iter().map(|(kind, bytes)| widen(*kind, bytes)).collect::<Result<Vec<_>, _>>()?;
+        let rows: Vec<_> = rows.iter().map(Vec::as_slice).collect();
+        // SAFETY: as above.
+        unsafe { dispatch(isa, Pack { rows: &rows, value: |value: f32| value, k, out, sound: &mut sound }) };
+    }
+    if sound { Ok(()) } else { Err(NotFinite) }
+}
+
+/// Packs run by run: the rows' weights of a run are few lines of memory, and so is what they become.
+struct Pack<'a, T, F> {
+    rows: &'a [&'a [T]],
+    value: F,
+    k: usize,
+    out: &'a mut [u8],
+    sound: &'a mut bool,
+}
+
+impl<T: Copy, F: Fn(T) -> f32> Kernel for Pack<'_, T, F> {
+    #[inline(always)]
+    unsafe fn run<L: Lanes>(self) {
+        // Adding it rounds to a whole number, ties to even, which then stands in the lowest bits.
+        const ROUND: f32 = 12_582_912.0;
+        let mut whole = [[[0u16; PAIR]; RUN / PAIR]; LANES];
+        for run in 0..self.k / RUN {
+            for (column, (row, whole)) in self.rows.iter().zip(&mut whole).enumerate() {
+                let mut weights = [0f32; RUN];
+                for (weight, from) in weights.iter_mut().zip(&row[run * RUN..][..RUN]) {
+                    *weight = (self.value)(*from);
+                }
+                let Some((byte, inverse)) = step(&weights) else {
+                    *self.sound = false;
+                    return;
+                };
+                self.out[run * LANES + column] = byte;
+                for (whole, weight) in whole.as_flattened_mut().iter_mut().zip(weights) {
+                    *whole = (weight * inverse + ROUND).to_bits() as u16;
+                }
+            }
+            let lines = self.out[lines(self.k, run)..][..LINES].as_chunks_mut::<LINE>().0;
+            for (pair, line) in lines.iter_mut().enumerate() {
+                *line = bytemuck::cast::<[[u16; PAIR]; LANES], _>(std::array::from_fn(|column| whole[column][pair]));
             }
         }
     }
-    Ok(())
 }
 
 /// The weights of one output of a tile as f32.
@@ -128,17 +173,20 @@ pub(crate) fn read(tile: &[u8], column: usize, out: &mut [f32]) {
 
 #[cfg(test)]
 mod tests {
-    use half::bf16;
-
     use super::*;
     use crate::packed::{Kept, Packed, Part};
     use crate::pool::Pool;
     use crate::rounded::Step;
     use crate::testing::{bytes, check_products, values};
 
+    /// Packed, by every instruction set alike.
     fn packed(kind: WeightType, weights: &[f32], k: usize) -> Packed {
         let part = Part { kept: Kept::BlockFloat, kind, bytes: &bytes(kind, weights) };
-        let packed = Packed::new(&mut Pool::new(3), &[part], k).unwrap();
+        let on = |isa| Packed::new(&mut Pool::new(3), isa, &[part], k).unwrap();
+        let packed = on(Isa::Scalar);
+        for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
+            assert_eq!(on(isa).segments[0].data.values::<u8>(), packed.segments[0].data.values::<u8>(), "{isa:?}");
+        }
         assert_eq!(packed.held(), Kept::bytes(&[(Kept::BlockFloat, (weights.len() / k) as u64)], k as u64));
         packed
     }
@@ -188,7 +236,9 @@ mod tests {
             for x in [1.0, -1.0, 1e-3] {
                 check_products::<i16>(&[x; RUN], &packed, &rows(&packed));
             }
-            let steps = |run: &[f32]| run.iter().map(|w| w.abs() / power(step(run.as_array().unwrap()).0)).sum::<f32>();
+            let steps = |run: &[f32]| {
+                run.iter().map(|w| w.abs() / power(step(run.as_array().unwrap()).unwrap().0)).sum::<f32>()
+            };
             assert!(weights.chunks(RUN).all(|run| steps(run) + 16.0 <= 2f32.powi(31) / i16::MOST));
         }
     }
@@ -198,8 +248,10 @@ mod tests {
         for bad in [f32::NAN, f32::INFINITY] {
             let mut values = values(3, RUN * 5);
             values[70] = bad;
-            let part = Part { kept: Kept::BlockFloat, kind: WeightType::F32, bytes: &bytes(WeightType::F32, &values) };
-            assert_eq!(Packed::new(&mut Pool::new(1), &[part], RUN).err(), Some(NotFinite));
+            for kind in [WeightType::F32, WeightType::Bf16] {
+                let part = Part { kept: Kept::BlockFloat, kind, bytes: &bytes(kind, &values) };
+                assert_eq!(Packed::new(&mut Pool::new(1), Isa::detect(), &[part], RUN).err(), Some(NotFinite));
+            }
         }
     }
 }

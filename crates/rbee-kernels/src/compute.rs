@@ -36,7 +36,7 @@ impl Compute {
     /// # Errors
     /// As [`Packed::new`].
     pub fn packed(&self, parts: &[Part<'_>], k: usize) -> Result<Packed, NotFinite> {
-        Packed::new(&mut self.pool.lock().unwrap_or_else(PoisonError::into_inner), parts, k)
+        Packed::new(&mut self.pool.lock().unwrap_or_else(PoisonError::into_inner), self.isa, parts, k)
     }
 
     /// Runs `task(i)` for every `i` in `0..tasks` on all threads.

@@ -17,7 +17,7 @@ use crate::memory::Memory;
 use crate::pool::{Pool, SharedOut};
 use crate::quantized::{self, Quantization};
 use crate::rounded::RUN;
-use crate::simd::{Element, LANES};
+use crate::simd::{Element, Isa, LANES};
 
 /// Columns of a panel.
 pub(crate) const PANEL: usize = 64;
@@ -235,9 +235,11 @@ impl Packed {
     /// When a weight is infinite or not a number, or too large for what it is kept in.
     ///
     /// # Panics
-    /// When a matrix does not have whole rows of whole blocks ([`Quantization::block`]), or there are none.
-    pub fn new(pool: &mut Pool, parts: &[Part<'_>], k: usize) -> Result<Self, NotFinite> {
-        let segments = parts.chunk_by(|a, b| a.kept == b.kept).map(|parts| Segment::new(pool, parts, k));
+    /// When a matrix does not have whole rows of whole blocks ([`Quantization::block`]), or there are none; when the machine does
+    /// not have the instruction set.
+    pub fn new(pool: &mut Pool, isa: Isa, parts: &[Part<'_>], k: usize) -> Result<Self, NotFinite> {
+        assert!(isa.is_here(), "this machine has no {isa:?}");
+        let segments = parts.chunk_by(|a, b| a.kept == b.kept).map(|parts| Segment::new(pool, isa, parts, k));
         let segments = segments.collect::<Result<Vec<_>, _>>()?;
         assert!(!segments.is_empty(), "a matrix without rows");
         Ok(Self { n: segments.iter().map(|segment| segment.n).sum(), k, segments })
@@ -275,7 +277,7 @@ impl Packed {
 }
 
 impl Segment {
-    fn new(pool: &mut Pool, parts: &[Part<'_>], k: usize) -> Result<Self, NotFinite> {
+    fn new(pool: &mut Pool, isa: Isa, parts: &[Part<'_>], k: usize) -> Result<Self, NotFinite> {
         let rows: Vec<Row<'_>> = parts
             .iter()
             .flat_map(|Part { kind, bytes, .. }| {
@@ -306,7 +308,7 @@ impl Segment {
             Kept::Bf16 => each(pool, &rows, panel, convert::<bf16>),
             Kept::BlockFloat => {
                 assert!(k.is_multiple_of(RUN), "rows of {k} are not runs of {RUN}");
-                each(pool, &rows, (LANES, block_float::tile(k)), |rows, out| block_float::pack(rows, k, out))
+                each(pool, &rows, (LANES, block_float::tile(k)), |rows, out| block_float::pack(isa, rows, k, out))
             }
             Kept::Quantized(form) => {
                 assert!(k.is_multiple_of(form.block()), "rows of {k} are not blocks of {form:?}");
@@ -353,7 +355,7 @@ mod tests {
         let narrow = bytes(WeightType::Bf16, &two);
         let wide = bytes(WeightType::F32, &one);
         let parts = [Part::own(WeightType::F32, &wide), Part::own(WeightType::Bf16, &narrow)];
-        let packed = Packed::new(&mut Pool::new(2), &parts, k);
+        let packed = Packed::new(&mut Pool::new(2), Isa::detect(), &parts, k);
         let (packed, two) = (packed.unwrap(), widen(WeightType::Bf16, &narrow).unwrap());
         let mut row = vec![0.0; k];
         for i in 0..70 {
@@ -369,7 +371,7 @@ mod tests {
                 let mut values = values(3, 8 * 5);
                 values[17] = bad;
                 assert_eq!(
-                    Packed::new(&mut Pool::new(2), &[Part::own(kind, &bytes(kind, &values))], 8).err(),
+                    Packed::new(&mut Pool::new(2), Isa::detect(), &[Part::own(kind, &bytes(kind, &values))], 8).err(),
                     Some(NotFinite)
                 );
                 assert_eq!(widen(kind, &bytes(kind, &values)).err(), Some(NotFinite));

@@ -384,6 +384,7 @@ mod tests {
     use super::*;
     use crate::packed::{Kept, Packed, Part};
     use crate::pool::Pool;
+    use crate::simd::Isa;
     use crate::testing::{bytes, check_products, values};
 
     /// What candle widens its blocks to.
@@ -406,7 +407,7 @@ mod tests {
                 let parts = [bytes(WeightType::F32, &weights[..split]), bytes(WeightType::F32, &weights[split..])];
                 let kept = Kept::Quantized(form);
                 let parts = parts.each_ref().map(|bytes| Part { kept, kind: WeightType::F32, bytes });
-                let packed = Packed::new(&mut Pool::new(3), &parts, k).unwrap();
+                let packed = Packed::new(&mut Pool::new(3), Isa::detect(), &parts, k).unwrap();
                 assert_eq!(packed.held(), Kept::bytes(&[(kept, n as u64)], k as u64));
                 let mut row = vec![0.0; k];
                 for i in [0, n / 2, n - 1] {
@@ -426,7 +427,7 @@ mod tests {
                 values[700] = bad;
                 let bytes = bytes(WeightType::F32, &values);
                 let part = Part { kept: Kept::Quantized(form), kind: WeightType::F32, bytes: &bytes };
-                let packed = Packed::new(&mut Pool::new(1), &[part], 256);
+                let packed = Packed::new(&mut Pool::new(1), Isa::detect(), &[part], 256);
                 assert_eq!(packed.err(), Some(NotFinite), "{form:?} {bad}");
             }
         }
