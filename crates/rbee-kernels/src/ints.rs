@@ -17,6 +17,8 @@ pub trait Ints: Copy {
     type Floats: Copy;
     /// A line of bytes.
     type Line: Copy;
+    /// Sixteen sums that few products are added to, of fewer bits where that is faster.
+    type Few: Copy;
     /// One sum in all columns.
     ///
     /// # Safety
@@ -32,11 +34,22 @@ pub trait Ints: Copy {
     /// # Safety
     /// As above; `x` points to four inputs.
     unsafe fn dot_wide(self, w: Self::Line, x: *const i8) -> Self;
-    /// Adds the products of weights below 64 and four inputs of a row.
+    /// Sums for the products of up to eight groups with weights below 16, four with weights below 32, or two with weights below 64.
+    /// What they come to is [`Ints::with`].
     ///
     /// # Safety
     /// As above.
-    unsafe fn dot(self, w: Self::Line, x: *const i8) -> Self;
+    unsafe fn few(self) -> Self::Few;
+    /// Adds the products of weights and four inputs of a row, none of which is -128.
+    ///
+    /// # Safety
+    /// As above; `x` points to four inputs.
+    unsafe fn dot(few: Self::Few, w: Self::Line, x: *const i8) -> Self::Few;
+    /// These sums and those that were begun from them.
+    ///
+    /// # Safety
+    /// As above.
+    unsafe fn with(self, few: Self::Few) -> Self;
     /// Adds the products of weights of sixteen bits and two inputs of a row. The sums must fit.
     ///
     /// # Safety
@@ -77,6 +90,7 @@ pub trait Ints: Copy {
 impl Ints for [i32; LANES] {
     type Floats = [f32; LANES];
     type Line = [u8; LINE];
+    type Few = Self;
     #[inline(always)]
     unsafe fn splat(value: i32) -> Self {
         [value; LANES]
@@ -91,9 +105,17 @@ impl Ints for [i32; LANES] {
         unsafe { products(self, w, x, 128) }
     }
     #[inline(always)]
-    unsafe fn dot(self, w: [u8; LINE], x: *const i8) -> Self {
+    unsafe fn few(self) -> Self {
+        self
+    }
+    #[inline(always)]
+    unsafe fn dot(few: Self, w: [u8; LINE], x: *const i8) -> Self {
         // SAFETY: the caller's.
-        unsafe { products(self, w, x, 0) }
+        unsafe { products(few, w, x, 0) }
+    }
+    #[inline(always)]
+    unsafe fn with(self, few: Self) -> Self {
+        few
     }
     #[inline(always)]
     unsafe fn dot_pair(self, w: [u8; LINE], x: *const i16) -> Self {
@@ -175,6 +197,7 @@ mod x86 {
     impl Ints for __m512i {
         type Floats = __m512;
         type Line = __m512i;
+        type Few = Self;
         #[inline(always)]
         unsafe fn splat(value: i32) -> Self {
             // SAFETY: AVX-512 is there. So below.
@@ -191,9 +214,17 @@ mod x86 {
             unsafe { _mm512_dpbusd_epi32(self, w, _mm512_set1_epi32(four(x))) }
         }
         #[inline(always)]
-        unsafe fn dot(self, w: __m512i, x: *const i8) -> Self {
+        unsafe fn few(self) -> Self {
+            self
+        }
+        #[inline(always)]
+        unsafe fn dot(few: Self, w: __m512i, x: *const i8) -> Self {
             // SAFETY: as above, and the caller's.
-            unsafe { _mm512_dpbusd_epi32(self, w, _mm512_set1_epi32(four(x))) }
+            unsafe { _mm512_dpbusd_epi32(few, w, _mm512_set1_epi32(four(x))) }
+        }
+        #[inline(always)]
+        unsafe fn with(self, few: Self) -> Self {
+            few
         }
         #[inline(always)]
         unsafe fn dot_pair(self, w: __m512i, x: *const i16) -> Self {
@@ -247,6 +278,8 @@ mod x86 {
     impl Ints for [__m256i; 2] {
         type Floats = [__m256; 2];
         type Line = [__m256i; 2];
+        /// Of sixteen bits, two for each column.
+        type Few = Self;
         #[inline(always)]
         unsafe fn splat(value: i32) -> Self {
             // SAFETY: AVX2 is there. So below.
@@ -271,14 +304,25 @@ mod x86 {
             }
         }
         #[inline(always)]
-        unsafe fn dot(self, w: [__m256i; 2], x: *const i8) -> Self {
-            // SAFETY: as above, and the caller's. Pairs of products are at most 2 * 63 * 127.
+        unsafe fn few(self) -> Self {
+            // SAFETY: as above.
+            unsafe { [_mm256_setzero_si256(); 2] }
+        }
+        #[inline(always)]
+        unsafe fn dot(few: Self, w: [__m256i; 2], x: *const i8) -> Self {
+            // SAFETY: as above, and the caller's. A pair's products are at most 2 * 15 * 127 of eight groups, or 2 * 31 * 127 of four, or
+            // 2 * 63 * 127 of two: all that are added fit an i16.
             unsafe {
                 let x = _mm256_set1_epi32(four(x));
-                std::array::from_fn(|i| {
-                    let pairs = _mm256_maddubs_epi16(w[i], x);
-                    _mm256_add_epi32(self[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
-                })
+                std::array::from_fn(|i| _mm256_add_epi16(few[i], _mm256_maddubs_epi16(w[i], x)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn with(self, few: Self) -> Self {
+            // SAFETY: as above.
+            unsafe {
+                let ones = _mm256_set1_epi16(1);
+                std::array::from_fn(|i| _mm256_add_epi32(self[i], _mm256_madd_epi16(few[i], ones)))
             }
         }
         #[inline(always)]

@@ -126,6 +126,8 @@ pub(crate) trait Form {
     /// Rows up to which one tile at a time is faster than two, as measured: its weights come as one stream, two share what is loaded of
     /// the rows.
     const ALONE: usize = 24;
+    /// Rows of a block, up to three, where registers are half as wide and half as many: as measured.
+    const NARROW: usize = 3;
     /// Adds the products to `sums`.
     ///
     /// # Safety
@@ -154,7 +156,7 @@ impl<F: Form> Kernel for Columns<'_, F> {
                 tiles.for_each(|tile| self.block::<L, 1, 1, true>(0, tile, fetch));
                 return;
             }
-            let most = if L::WIDE { 6 } else { 2 };
+            let most = if L::WIDE { 6 } else { F::NARROW };
             let near = (NEAR / (k * size_of::<F::Step>())).max(most).next_multiple_of(most);
             for first in (0..m).step_by(near) {
                 let rows = near.min(m - first);
@@ -177,7 +179,7 @@ impl<F: Form> Kernel for Columns<'_, F> {
                             (6, false) if L::WIDE => self.block::<L, 6, 1, false>(row, tile, fetch),
                             (5, false) if L::WIDE => self.block::<L, 5, 1, false>(row, tile, fetch),
                             (4, false) if L::WIDE => self.block::<L, 4, 1, false>(row, tile, fetch),
-                            (3, false) if L::WIDE => self.block::<L, 3, 1, false>(row, tile, fetch),
+                            (3, false) => self.block::<L, 3, 1, false>(row, tile, fetch),
                             (2, false) => self.block::<L, 2, 1, false>(row, tile, fetch),
                             (some, false) => {
                                 (row..row + some).for_each(|row| self.block::<L, 1, 1, false>(row, tile, fetch))
@@ -253,6 +255,16 @@ pub(crate) unsafe fn add<L: Lanes>(sum: L, ints: L::Ints, scale: L, of_row: f32)
     unsafe { ints.floats().fma(scale.fma(L::splat(of_row), L::splat(0.0)), sum) }
 }
 
+/// Sums for few groups of all rows and tiles: see [`Ints::few`].
+///
+/// # Safety
+/// The instruction set of `I` is there.
+#[inline(always)]
+unsafe fn few<I: Ints, const R: usize, const T: usize>(ints: &[[I; T]; R]) -> [[I::Few; T]; R] {
+    // SAFETY: the caller's.
+    std::array::from_fn(|r| std::array::from_fn(|t| unsafe { ints[r][t].few() }))
+}
+
 /// Adds the products of a group's weights and inputs.
 ///
 /// # Safety
@@ -262,12 +274,26 @@ unsafe fn dot<I: Ints, const R: usize, const T: usize>(
     meeting: Meeting<i8, R, T>,
     w: [I::Line; T],
     group: usize,
-    ints: &mut [[I; T]; R],
+    few: &mut [[I::Few; T]; R],
 ) {
-    for (r, ints) in ints.iter_mut().enumerate() {
-        for (ints, w) in ints.iter_mut().zip(w) {
+    for (r, few) in few.iter_mut().enumerate() {
+        for (few, w) in few.iter_mut().zip(w) {
             // SAFETY: the caller's: a run has so many groups.
-            unsafe { *ints = ints.dot(w, meeting.x(r, group * GROUP)) };
+            unsafe { *few = I::dot(*few, w, meeting.x(r, group * GROUP)) };
+        }
+    }
+}
+
+/// Adds what few groups came to.
+///
+/// # Safety
+/// The instruction set of `I` is there.
+#[inline(always)]
+unsafe fn with<I: Ints, const R: usize, const T: usize>(ints: &mut [[I; T]; R], few: [[I::Few; T]; R]) {
+    for (ints, few) in ints.iter_mut().zip(few) {
+        for (ints, few) in ints.iter_mut().zip(few) {
+            // SAFETY: the caller's.
+            unsafe { *ints = ints.with(few) };
         }
     }
 }
@@ -366,13 +392,15 @@ unsafe fn four_bits<L: Lanes, const R: usize, const T: usize>(
     at: [*const u8; T],
     ints: &mut [[L::Ints; T]; R],
 ) {
-    for pair in 0..RUN / GROUP / 2 {
-        // SAFETY: the caller's.
-        unsafe {
+    // SAFETY: the caller's.
+    unsafe {
+        let mut sums = few(ints);
+        for pair in 0..RUN / GROUP / 2 {
             let lines = at.map(|at| L::Ints::line(at.add(pair * LINE)));
-            dot(meeting, lines.map(|line| L::Ints::low(line)), 2 * pair, ints);
-            dot(meeting, lines.map(|line| L::Ints::high(line)), 2 * pair + 1, ints);
+            dot::<L::Ints, R, T>(meeting, lines.map(|line| L::Ints::low(line)), 2 * pair, &mut sums);
+            dot::<L::Ints, R, T>(meeting, lines.map(|line| L::Ints::high(line)), 2 * pair + 1, &mut sums);
         }
+        with(ints, sums);
     }
 }
 
@@ -420,13 +448,17 @@ impl Form for Q5K {
             // One line has the fifth bits of the run: bit g of a byte is of group g.
             let fifths = at.map(|at| L::Ints::line(at.add(RUN / GROUP / 2 * LINE)));
             let mut ints = [[L::Ints::splat(0); T]; R];
-            for group in 0..RUN / GROUP {
-                // Filled in a loop: a closure as long as this is not compiled into the kernel.
-                let mut w = fifths;
-                for (w, at) in w.iter_mut().zip(at) {
-                    *w = L::Ints::fifth(four_of::<L>(at, group), *w, group);
+            for half in 0..2 {
+                let mut sums = few(&ints);
+                for group in half * RUN / GROUP / 2..(half + 1) * RUN / GROUP / 2 {
+                    // Filled in a loop: a closure as long as this is not compiled into the kernel.
+                    let mut w = fifths;
+                    for (w, at) in w.iter_mut().zip(at) {
+                        *w = L::Ints::fifth(four_of::<L>(at, group), *w, group);
+                    }
+                    dot::<L::Ints, R, T>(meeting, w, group, &mut sums);
                 }
-                dot(meeting, w, group, &mut ints);
+                with(&mut ints, sums);
             }
             add_scaled_less(meeting, Q5K::BLOCK, ints, sums);
         }
@@ -436,8 +468,9 @@ impl Form for Q5K {
 impl Form for Q6K {
     type Step = i8;
     const BYTES: usize = Q6K::BLOCK / RUNS;
-    // Two ask for more registers than there are.
+    // Two tiles ask for more registers than there are, and three rows where there are fewer.
     const ALONE: usize = usize::MAX;
+    const NARROW: usize = 2;
 
     #[inline(always)]
     unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<i8, R, T>, sums: &mut [[L; T]; R]) {
@@ -452,12 +485,16 @@ impl Form for Q6K {
                 for (r, ints) in ints.iter_mut().enumerate() {
                     *ints = [L::Ints::splat(meeting.about(r).sums[half].wrapping_mul(-32)); T];
                 }
-                for group in 0..RUN / GROUP / 2 {
-                    let mut w = uppers;
-                    for (w, at) in w.iter_mut().zip(at) {
-                        *w = L::Ints::sixth(four_of::<L>(at, 4 * half + group), *w, group);
+                for pair in 0..RUN / GROUP / 4 {
+                    let mut sums = few(&ints);
+                    for group in 2 * pair..2 * pair + 2 {
+                        let mut w = uppers;
+                        for (w, at) in w.iter_mut().zip(at) {
+                            *w = L::Ints::sixth(four_of::<L>(at, 4 * half + group), *w, group);
+                        }
+                        dot::<L::Ints, R, T>(meeting, w, 4 * half + group, &mut sums);
                     }
-                    dot(meeting, w, 4 * half + group, &mut ints);
+                    with(&mut ints, sums);
                 }
                 for (t, block) in blocks.iter().enumerate() {
                     let bits = block.add(HEAD + run * SCALES + half * LANES).cast::<i8>();

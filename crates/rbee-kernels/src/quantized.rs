@@ -420,6 +420,22 @@ mod tests {
     }
 
     #[test]
+    fn the_largest_products_do_not_overflow() {
+        // All weights of a block but one at the upper end of their steps, and all inputs at theirs.
+        let k = 2 * BLOCK;
+        let weights: Vec<f32> = (0..20 * k).map(|i| if i % RUN == 0 { -1.0 } else { 31.0 / 32.0 }).collect();
+        for form in Quantization::ALL {
+            let wide: Vec<f32> = weights.chunks(k).flat_map(|row| widened(form, row)).collect();
+            let bytes = bytes(WeightType::F32, &weights);
+            let part = Part { kept: Kept::Quantized(form), kind: WeightType::F32, bytes: &bytes };
+            let packed = Packed::new(&mut Pool::new(1), Isa::detect(), &[part], k).unwrap();
+            for x in [1.0, -1.0] {
+                check_products::<i8>(&vec![x; 3 * k], &packed, &wide);
+            }
+        }
+    }
+
+    #[test]
     fn weights_that_are_no_numbers_or_too_large_are_refused() {
         for form in Quantization::ALL {
             for bad in [f32::NAN, f32::INFINITY, 1e30] {
