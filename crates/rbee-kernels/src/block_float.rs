@@ -177,7 +177,7 @@ mod tests {
     use crate::packed::{Kept, Packed, Part};
     use crate::pool::Pool;
     use crate::rounded::Step;
-    use crate::testing::{bytes, check_products, values};
+    use crate::testing::{self, bytes, check_products, values};
 
     /// Packed, by every instruction set alike.
     fn packed(kind: WeightType, weights: &[f32], k: usize) -> Packed {
@@ -250,7 +250,7 @@ mod tests {
             values[70] = bad;
             for kind in [WeightType::F32, WeightType::Bf16] {
                 let part = Part { kept: Kept::BlockFloat, kind, bytes: &bytes(kind, &values) };
-                assert_eq!(Packed::new(&mut Pool::new(1), Isa::detect(), &[part], RUN).err(), Some(NotFinite));
+                assert_eq!(testing::packed(&[part], RUN).err(), Some(NotFinite));
             }
         }
     }

@@ -170,7 +170,7 @@ mod tests {
     use crate::packed::{Kept, Packed, Part, WeightType};
     use crate::pool::Pool;
     use crate::simd::Isa;
-    use crate::testing::{bytes, values};
+    use crate::testing::{self, bytes, values};
 
     /// A matrix's blocks, made by candle, and what they stand for.
     fn made(blocks: Blocks, n: usize, k: usize) -> (Vec<u8>, Vec<f32>) {
@@ -194,7 +194,7 @@ mod tests {
             let kind = WeightType::Blocks(blocks);
             assert_eq!(file.len(), n * kind.row(k), "{blocks:?}");
             assert_eq!(widen(blocks, &file).unwrap(), wide, "{blocks:?}");
-            let packed = Packed::new(&mut Pool::new(2), Isa::detect(), &[Part::own(kind, &file)], k).unwrap();
+            let packed = testing::packed(&[Part::own(kind, &file)], k).unwrap();
             assert_eq!(packed.held(), Kept::bytes(&[(kind.kept(), n as u64)], k as u64), "{blocks:?}");
             let want: Vec<f32> = match kind.kept() {
                 Kept::Quantized(_) => wide,
@@ -215,7 +215,7 @@ mod tests {
         parts.push(Part::own(WeightType::F32, &plain));
         // Fewer bits than it has hold what a Q4_0 is.
         parts.push(Part { kept: Kept::Quantized(Quantization::Q8_0), ..parts[3] });
-        let packed = Packed::new(&mut Pool::new(2), Isa::detect(), &parts, k).unwrap();
+        let packed = testing::packed(&parts, k).unwrap();
         let wide: Vec<&Vec<f32>> = made.iter().map(|(_, wide)| wide).collect();
         assert_eq!(
             rows(&packed),
@@ -229,7 +229,7 @@ mod tests {
         matmul(&mut Pool::new(2), Isa::detect(), &x, &packed, &mut all);
         let mut first = 0;
         for part in &parts {
-            let alone = Packed::new(&mut Pool::new(1), Isa::detect(), &[*part], k).unwrap();
+            let alone = testing::packed(&[*part], k).unwrap();
             let mut out = vec![0.0; 3 * alone.n()];
             matmul(&mut Pool::new(1), Isa::detect(), &x, &alone, &mut out);
             for (row, out) in out.chunks(alone.n()).enumerate() {
@@ -244,28 +244,14 @@ mod tests {
         let (mut file, wide) = made(Blocks::Q8_0, 4, 256);
         const FOUR: Kept = Kept::Quantized(Quantization::Q4K);
         let kind = WeightType::Blocks(Blocks::Q8_0);
-        let fewer =
-            Packed::new(&mut Pool::new(1), Isa::detect(), &[Part { kept: FOUR, kind, bytes: &file }], 256).unwrap();
+        let fewer = testing::packed(&[Part { kept: FOUR, kind, bytes: &file }], 256).unwrap();
         let plain = bytes(WeightType::F32, &wide);
-        let want = Packed::new(
-            &mut Pool::new(1),
-            Isa::detect(),
-            &[Part { kept: FOUR, kind: WeightType::F32, bytes: &plain }],
-            256,
-        )
-        .unwrap();
+        let want = testing::packed(&[Part { kept: FOUR, kind: WeightType::F32, bytes: &plain }], 256).unwrap();
         assert_eq!(rows(&fewer), rows(&want));
         file[..2].copy_from_slice(&half::f16::INFINITY.to_le_bytes());
-        assert_eq!(
-            Packed::new(&mut Pool::new(2), Isa::detect(), &[Part::own(kind, &file)], 256).err(),
-            Some(NotFinite)
-        );
+        assert_eq!(testing::packed(&[Part::own(kind, &file)], 256).err(), Some(NotFinite));
         let (mut six, _) = made(Blocks::Q6K, 1, 256);
         six[208..].copy_from_slice(&half::f16::NAN.to_le_bytes());
-        assert_eq!(
-            Packed::new(&mut Pool::new(2), Isa::detect(), &[Part::own(WeightType::Blocks(Blocks::Q6K), &six)], 256)
-                .err(),
-            Some(NotFinite)
-        );
+        assert_eq!(testing::packed(&[Part::own(WeightType::Blocks(Blocks::Q6K), &six)], 256).err(), Some(NotFinite));
     }
 }

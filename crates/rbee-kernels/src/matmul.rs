@@ -216,7 +216,7 @@ mod tests {
 
     use super::*;
     use crate::packed::{Part, WeightType};
-    use crate::testing::{bytes, values};
+    use crate::testing::{self, bytes, values};
 
     const KINDS: [WeightType; 3] = [WeightType::F32, WeightType::F16, WeightType::Bf16];
 
@@ -226,13 +226,7 @@ mod tests {
         {
             let x = values(m as u32, m * k);
             for kind in KINDS {
-                let packed = Packed::new(
-                    &mut Pool::new(2),
-                    Isa::detect(),
-                    &[Part::own(kind, &bytes(kind, &values(n as u32, n * k)))],
-                    k,
-                )
-                .unwrap();
+                let packed = testing::packed(&[Part::own(kind, &bytes(kind, &values(n as u32, n * k)))], k).unwrap();
                 let mut want = vec![0.0; m * n];
                 matmul(&mut Pool::new(1), Isa::Scalar, &x, &packed, &mut want);
                 for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
@@ -274,13 +268,7 @@ mod tests {
     fn sums_are_a_chain_of_fused_multiply_adds_and_agree_with_double_precision() {
         let (m, n, k) = (3, 70, 500);
         let (x, w) = (values(1, m * k), values(2, n * k));
-        let packed = Packed::new(
-            &mut Pool::new(2),
-            Isa::detect(),
-            &[Part::own(WeightType::F32, &bytes(WeightType::F32, &w))],
-            k,
-        )
-        .unwrap();
+        let packed = testing::packed(&[Part::own(WeightType::F32, &bytes(WeightType::F32, &w))], k).unwrap();
         let mut got = vec![0.0; m * n];
         matmul(&mut Pool::new(2), Isa::detect(), &x, &packed, &mut got);
         for row in 0..m {

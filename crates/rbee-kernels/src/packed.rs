@@ -345,7 +345,7 @@ impl Segment {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::testing::{bytes, values};
+    use crate::testing::{self, bytes, values};
 
     const KINDS: [WeightType; 3] = [WeightType::F32, WeightType::F16, WeightType::Bf16];
 
@@ -355,7 +355,7 @@ mod tests {
         let narrow = bytes(WeightType::Bf16, &two);
         let wide = bytes(WeightType::F32, &one);
         let parts = [Part::own(WeightType::F32, &wide), Part::own(WeightType::Bf16, &narrow)];
-        let packed = Packed::new(&mut Pool::new(2), Isa::detect(), &parts, k);
+        let packed = testing::packed(&parts, k);
         let (packed, two) = (packed.unwrap(), widen(WeightType::Bf16, &narrow).unwrap());
         let mut row = vec![0.0; k];
         for i in 0..70 {
@@ -370,10 +370,7 @@ mod tests {
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let mut values = values(3, 8 * 5);
                 values[17] = bad;
-                assert_eq!(
-                    Packed::new(&mut Pool::new(2), Isa::detect(), &[Part::own(kind, &bytes(kind, &values))], 8).err(),
-                    Some(NotFinite)
-                );
+                assert_eq!(testing::packed(&[Part::own(kind, &bytes(kind, &values))], 8).err(), Some(NotFinite));
                 assert_eq!(widen(kind, &bytes(kind, &values)).err(), Some(NotFinite));
             }
         }

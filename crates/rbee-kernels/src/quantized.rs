@@ -382,10 +382,8 @@ pub(crate) fn read(form: Quantization, tile: &[u8], column: usize, out: &mut [f3
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::packed::{Kept, Packed, Part};
-    use crate::pool::Pool;
-    use crate::simd::Isa;
-    use crate::testing::{bytes, check_products, values};
+    use crate::packed::{Kept, Part};
+    use crate::testing::{self, bytes, check_products, values};
 
     /// What candle widens its blocks to.
     fn widened(form: Quantization, values: &[f32]) -> Vec<f32> {
@@ -407,7 +405,7 @@ mod tests {
                 let parts = [bytes(WeightType::F32, &weights[..split]), bytes(WeightType::F32, &weights[split..])];
                 let kept = Kept::Quantized(form);
                 let parts = parts.each_ref().map(|bytes| Part { kept, kind: WeightType::F32, bytes });
-                let packed = Packed::new(&mut Pool::new(3), Isa::detect(), &parts, k).unwrap();
+                let packed = testing::packed(&parts, k).unwrap();
                 assert_eq!(packed.held(), Kept::bytes(&[(kept, n as u64)], k as u64));
                 let mut row = vec![0.0; k];
                 for i in [0, n / 2, n - 1] {
@@ -428,7 +426,7 @@ mod tests {
             let wide: Vec<f32> = weights.chunks(k).flat_map(|row| widened(form, row)).collect();
             let bytes = bytes(WeightType::F32, &weights);
             let part = Part { kept: Kept::Quantized(form), kind: WeightType::F32, bytes: &bytes };
-            let packed = Packed::new(&mut Pool::new(1), Isa::detect(), &[part], k).unwrap();
+            let packed = testing::packed(&[part], k).unwrap();
             for x in [1.0, -1.0] {
                 check_products::<i8>(&vec![x; 3 * k], &packed, &wide);
             }
@@ -443,7 +441,7 @@ mod tests {
                 values[700] = bad;
                 let bytes = bytes(WeightType::F32, &values);
                 let part = Part { kept: Kept::Quantized(form), kind: WeightType::F32, bytes: &bytes };
-                let packed = Packed::new(&mut Pool::new(1), Isa::detect(), &[part], 256);
+                let packed = testing::packed(&[part], 256);
                 assert_eq!(packed.err(), Some(NotFinite), "{form:?} {bad}");
             }
         }

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 use crate::matmul;
-use crate::packed::{Packed, WeightType};
+use crate::packed::{NotFinite, Packed, Part, WeightType};
 use crate::pool::Pool;
 use crate::rounded::{RUN, Rounded, Step};
 use crate::simd::Isa;
@@ -26,6 +26,11 @@ pub fn bytes(kind: WeightType, values: &[f32]) -> Vec<u8> {
         WeightType::Bf16 => values.iter().flat_map(|v| bf16::from_f32(*v).to_le_bytes()).collect(),
         WeightType::Blocks(_) => panic!("blocks are made by candle, see `ggml`"),
     }
+}
+
+/// Packed on three threads, for the widest instruction set.
+pub fn packed(parts: &[Part<'_>], k: usize) -> Result<Packed, NotFinite> {
+    Packed::new(&mut Pool::new(3), Isa::detect(), parts, k)
 }
 
 /// Checks products of rows with a matrix of whole numbers: those of the rows in steps with the weights `wide` that the matrix stands for,
