@@ -142,10 +142,7 @@ fn a_killed_hive_leaves_no_orphan() {
     let (mut stream, tokens) = begin(&cluster, &text);
 
     cluster.the("rbee-hive").signal(Signal::KILL);
-    wait_for("the workers' end", patience(Duration::from_secs(2)), || match cluster.running("llm-worker-rbee") {
-        left if left.is_empty() => Ok(()),
-        left => Err(format!("{left:?}")),
-    });
+    cluster.left_running("llm-worker-rbee", 0, patience(Duration::from_secs(2)));
     let told = stream.rest();
     assert_eq!(told.error().code, ErrorCode::WorkerLost);
     sim::check(0, &text, &[tokens, told.tokens()].concat()).unwrap();
@@ -163,10 +160,7 @@ fn a_load_that_fails_is_told_with_its_reason_and_not_repeated_for_ever() {
     assert!(out.stderr.contains("told to fail"), "the worker's own reason: {}", out.stderr);
     let spawn = cluster.rbee(&["worker", "spawn", "--model", "tinybee"]).exits(1);
     assert!(spawn.stderr.contains("hint:"), "{}", spawn.stderr);
-    wait_for("no worker to be tried any more", Duration::from_secs(10), || match cluster.running("llm-worker-rbee") {
-        left if left.is_empty() => Ok(()),
-        left => Err(format!("{left:?}")),
-    });
+    cluster.left_running("llm-worker-rbee", 0, Duration::from_secs(10));
 }
 
 #[test]

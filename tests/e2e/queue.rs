@@ -163,8 +163,5 @@ fn a_spawn_of_what_is_there_is_success_and_replicas_are_more() {
     cluster.rbee(&["worker", "retire", id]).exits(0);
     let left = cluster.workers_when("one to be left", Duration::from_secs(10), |workers| workers.len() == 1);
     assert_ne!(left[0].worker_id.as_str(), id);
-    wait_for("its process to end", Duration::from_secs(10), || match cluster.running("llm-worker-rbee").len() {
-        1 => Ok(()),
-        n => Err(format!("{n} run")),
-    });
+    cluster.left_running("llm-worker-rbee", 1, Duration::from_secs(10));
 }

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use rbee_testkit::{Cluster, Setup, wait_for};
+use rbee_testkit::{Cluster, Setup};
 use serde_json::{Value, json};
 
 use crate::{infer, prompt, with};
@@ -111,10 +111,7 @@ fn verbs_that_act() {
 
     let pid = cluster.the("llm-worker-rbee").pid.to_string();
     cluster.rbee(&["worker", "process", "delete", &pid]).exits(0);
-    wait_for("the process to be gone", Duration::from_secs(10), || match cluster.running("llm-worker-rbee") {
-        left if left.is_empty() => Ok(()),
-        left => Err(format!("{left:?}")),
-    });
+    cluster.left_running("llm-worker-rbee", 0, Duration::from_secs(10));
     cluster.rbee(&["worker", "process", "delete", &pid]).exits(3).says(&["PROCESS_NOT_FOUND", "hint:"]);
     cluster.rbee(&["worker", "get", &id]).exits(3).says(&["WORKER_NOT_FOUND", "hint:"]);
     cluster.rbee(&["worker", "retire", "worker-none"]).exits(3).says(&["WORKER_NOT_FOUND"]);

@@ -336,6 +336,18 @@ impl Cluster {
         self.processes().into_iter().filter(|process| process.program == program).collect()
     }
 
+    /// Waits until so many processes of this home run this program.
+    ///
+    /// # Panics
+    /// When there are more, or fewer, for as long as `limit`.
+    #[track_caller]
+    pub fn left_running(&self, program: &str, count: usize, limit: Duration) {
+        wait_for(&format!("{count} of {program} to be left"), limit, || match self.running(program) {
+            left if left.len() == count => Ok(()),
+            left => Err(format!("{left:?}")),
+        });
+    }
+
     /// The only process of this home that runs this program.
     ///
     /// # Panics
