@@ -14,7 +14,7 @@ const ABOUT: &str = "# Models
 
 `--model` takes a repository of the hub (`org/name`, `org/name@revision`) or a folder as one has it: `config.json`, `tokenizer.json` (with `tokenizer_config.json` or
 `chat_template.jinja` for chats), and `model.safetensors` or shards with `model.safetensors.index.json`; or a GGUF file, see below. On a CPU weights in f32 and
-f16 are kept in their type and meet activations in f32; weights in bf16 are kept as whole numbers of 16 bits with an exponent for every 32, and meet activations of
+f16 are kept in their type and meet activations in f32; weights in bf16 are kept as whole numbers of 12 bits with an exponent for every 32, and meet activations of
 15 bits and a sign (`RBEE_EXACT=1`: as those in f16, at half of the speed). Sums are in f32. With `--quantize q8_0` matrices are kept with 8.5 bits a weight, with `--quantize q4_k`
 with 4.5, and embedding and head with 8.5; matrices whose rows are not whole blocks (of 32, of 256) have the next larger form, and
 routers keep their type. The KV cache has the weights' type, f16 beside quantized weights, or `--kv-type f32|f16|bf16|q8_0`.

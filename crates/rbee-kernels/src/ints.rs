@@ -65,6 +65,11 @@ pub trait Ints: Copy {
     /// # Safety
     /// As above; `at` points to a line.
     unsafe fn line(at: *const u8) -> Self::Line;
+    /// A line to memory.
+    ///
+    /// # Safety
+    /// As above; at `at` there is room for a line.
+    unsafe fn put(line: Self::Line, at: *mut u8);
     /// The low halves of bytes.
     ///
     /// # Safety
@@ -85,7 +90,24 @@ pub trait Ints: Copy {
     /// # Safety
     /// As above.
     unsafe fn sixth(line: Self::Line, bits: Self::Line, pair: usize) -> Self::Line;
+    /// Whole numbers of sixteen bits from twelve: number `of_four` of those whose magnitudes of eight bits stand in two lines, of which
+    /// this is the one that has it, and whose shifts by 0 to 7 bits to the left and signs stand in the halves of bytes of one.
+    ///
+    /// # Safety
+    /// As above.
+    unsafe fn shifted(magnitudes: Self::Line, shifts: Self::Line, of_four: usize) -> Self::Line;
 }
+
+/// What a magnitude is multiplied by, by the four bits of its shift and its sign; and again, for what reads five bits.
+pub(crate) const SHIFTS: [i16; 32] = {
+    let mut shifts = [0; 32];
+    let mut i = 0;
+    while i < shifts.len() {
+        shifts[i] = if i & 8 == 0 { 1 << (i & 7) } else { -1 << (i & 7) };
+        i += 1;
+    }
+    shifts
+};
 
 impl Ints for [i32; LANES] {
     type Floats = [f32; LANES];
@@ -136,6 +158,11 @@ impl Ints for [i32; LANES] {
         unsafe { at.cast::<[u8; LINE]>().read_unaligned() }
     }
     #[inline(always)]
+    unsafe fn put(line: [u8; LINE], at: *mut u8) {
+        // SAFETY: the caller's.
+        unsafe { at.cast::<[u8; LINE]>().write_unaligned(line) }
+    }
+    #[inline(always)]
     unsafe fn low(line: [u8; LINE]) -> [u8; LINE] {
         line.map(|byte| byte & 15)
     }
@@ -150,6 +177,14 @@ impl Ints for [i32; LANES] {
     #[inline(always)]
     unsafe fn sixth(line: [u8; LINE], bits: [u8; LINE], pair: usize) -> [u8; LINE] {
         std::array::from_fn(|i| line[i] | (bits[i] >> (2 * pair) & 3) << 4)
+    }
+    #[inline(always)]
+    unsafe fn shifted(magnitudes: [u8; LINE], shifts: [u8; LINE], of_four: usize) -> [u8; LINE] {
+        bytemuck::cast::<[[u8; 2]; 2 * LANES], _>(std::array::from_fn(|i| {
+            let magnitude = i16::from(magnitudes[2 * i + of_four % 2]);
+            let shift = u16::from_le_bytes([shifts[2 * i], shifts[2 * i + 1]]) >> (4 * of_four) & 15;
+            (magnitude * SHIFTS[usize::from(shift)]).to_ne_bytes()
+        }))
     }
 }
 
@@ -170,7 +205,7 @@ mod x86 {
     use std::arch::asm;
     use std::arch::x86_64::*;
 
-    use super::Ints;
+    use super::{Ints, SHIFTS};
 
     /// The four bytes of inputs that all columns meet.
     ///
@@ -242,6 +277,11 @@ mod x86 {
             unsafe { _mm512_loadu_si512(at.cast()) }
         }
         #[inline(always)]
+        unsafe fn put(line: __m512i, at: *mut u8) {
+            // SAFETY: as above, and the caller's.
+            unsafe { _mm512_storeu_si512(at.cast(), line) }
+        }
+        #[inline(always)]
         unsafe fn low(line: __m512i) -> __m512i {
             // SAFETY: as above.
             unsafe { _mm512_and_si512(line, _mm512_set1_epi8(15)) }
@@ -271,6 +311,24 @@ mod x86 {
                 };
                 // line | (moved & 48)
                 _mm512_ternarylogic_epi32::<0xf8>(line, moved, _mm512_set1_epi8(48))
+            }
+        }
+        #[inline(always)]
+        unsafe fn shifted(magnitudes: __m512i, shifts: __m512i, of_four: usize) -> __m512i {
+            // SAFETY: as above. The permutation looks at the lower five bits of its index.
+            unsafe {
+                let magnitudes = match of_four % 2 {
+                    0 => _mm512_and_si512(magnitudes, _mm512_set1_epi16(0xff)),
+                    _ => _mm512_srli_epi16::<8>(magnitudes),
+                };
+                let shifts = match of_four {
+                    0 => shifts,
+                    1 => _mm512_srli_epi16::<4>(shifts),
+                    2 => _mm512_srli_epi16::<8>(shifts),
+                    _ => _mm512_srli_epi16::<12>(shifts),
+                };
+                let by = _mm512_permutexvar_epi16(shifts, _mm512_loadu_si512(SHIFTS.as_ptr().cast()));
+                _mm512_mullo_epi16(magnitudes, by)
             }
         }
     }
@@ -344,6 +402,14 @@ mod x86 {
             unsafe { [_mm256_loadu_si256(at.cast()), _mm256_loadu_si256(at.add(32).cast())] }
         }
         #[inline(always)]
+        unsafe fn put(line: [__m256i; 2], at: *mut u8) {
+            // SAFETY: as above, and the caller's.
+            unsafe {
+                _mm256_storeu_si256(at.cast(), line[0]);
+                _mm256_storeu_si256(at.add(32).cast(), line[1]);
+            }
+        }
+        #[inline(always)]
         unsafe fn low(line: [__m256i; 2]) -> [__m256i; 2] {
             // SAFETY: as above.
             unsafe { line.map(|half| _mm256_and_si256(half, _mm256_set1_epi8(15))) }
@@ -377,6 +443,35 @@ mod x86 {
                     };
                     _mm256_or_si256(line[i], _mm256_and_si256(moved, _mm256_set1_epi8(48)))
                 })
+            }
+        }
+        #[inline(always)]
+        unsafe fn shifted(magnitudes: [__m256i; 2], shifts: [__m256i; 2], of_four: usize) -> [__m256i; 2] {
+            // SAFETY: as above. Bytes of the index with their highest bit set become zero.
+            unsafe {
+                let powers = _mm256_broadcastsi128_si256(_mm_set1_epi64x(0x8040_2010_0804_0201u64.cast_signed()));
+                // Filled in a loop: a closure as long as this is not compiled into the kernel.
+                let mut all = magnitudes;
+                for (word, shifts) in all.iter_mut().zip(shifts) {
+                    let magnitude = match of_four % 2 {
+                        0 => _mm256_and_si256(*word, _mm256_set1_epi16(0xff)),
+                        _ => _mm256_srli_epi16::<8>(*word),
+                    };
+                    // The four bits at the bottom of each word, and at its top.
+                    let (low, high) = match of_four {
+                        0 => (shifts, _mm256_slli_epi16::<12>(shifts)),
+                        1 => (_mm256_srli_epi16::<4>(shifts), _mm256_slli_epi16::<8>(shifts)),
+                        2 => (_mm256_srli_epi16::<8>(shifts), _mm256_slli_epi16::<4>(shifts)),
+                        _ => (_mm256_srli_epi16::<12>(shifts), shifts),
+                    };
+                    let index = _mm256_and_si256(low, _mm256_set1_epi16(15));
+                    let index = _mm256_or_si256(index, _mm256_set1_epi16(0x8000u16.cast_signed()));
+                    let by = _mm256_shuffle_epi8(powers, index);
+                    // The sign of what is not zero.
+                    let sign = _mm256_or_si256(high, _mm256_set1_epi16(1));
+                    *word = _mm256_sign_epi16(_mm256_mullo_epi16(magnitude, by), sign);
+                }
+                all
             }
         }
     }

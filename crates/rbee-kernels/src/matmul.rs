@@ -13,7 +13,7 @@ use std::ops::Range;
 
 use half::{bf16, f16};
 
-use crate::block_float::BlockFloat;
+use crate::block_float;
 use crate::packed::{Kept, PANEL, Packed, Segment, VECTORS};
 use crate::pool::{Pool, SharedOut};
 use crate::products::{self, Form};
@@ -57,7 +57,11 @@ pub fn matmul(pool: &mut Pool, isa: Isa, x: &[f32], w: &Packed, out: &mut [f32])
                 Kept::F32 => plain::<f32>(pool, isa, x, w, to),
                 Kept::F16 => plain::<f16>(pool, isa, x, w, to),
                 Kept::Bf16 => plain::<bf16>(pool, isa, x, w, to),
-                Kept::BlockFloat => rounded::<BlockFloat>(pool, isa, fine, w, to),
+                Kept::BlockFloat => {
+                    let tiles = w.tiles();
+                    // SAFETY: as in `rounded`.
+                    each(pool, w.n, to, LANES, 2, &|part| unsafe { block_float::product(isa, part, fine, tiles) });
+                }
                 Kept::Quantized(form) => match form {
                     Quantization::Q8_0 => rounded::<Q8_0>(pool, isa, rows, w, to),
                     Quantization::Q4_0 => rounded::<Q4_0>(pool, isa, rows, w, to),
@@ -121,7 +125,7 @@ fn rounded<F: Form + Sync>(pool: &mut Pool, isa: Isa, x: &Rounded<F::Step>, w: &
     // Tiles are met in pairs.
     each(pool, w.n, to, LANES, 2, &|part| {
         // SAFETY: as above, of tiles.
-        unsafe { dispatch(isa, products::Columns::<F> { part, rounded: x, w: tiles, form: PhantomData }) }
+        unsafe { dispatch(isa, products::Columns::<F> { part, rounded: x, w: tiles, next: None, form: PhantomData }) }
     });
 }
 

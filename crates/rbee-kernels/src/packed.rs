@@ -68,7 +68,7 @@ pub enum Kept {
     F16,
     /// As the upper half of an f32.
     Bf16,
-    /// As whole numbers of sixteen bits with an exponent for every 32 inputs.
+    /// As whole numbers of twelve bits with an exponent for every 32 inputs.
     BlockFloat,
     /// With few bits.
     Quantized(Quantization),
@@ -134,6 +134,11 @@ pub(crate) struct Tiles<'a> {
 }
 
 impl<'a> Tiles<'a> {
+    /// Tiles of so many bytes.
+    pub(crate) fn new(data: &'a [u8], bytes: usize) -> Self {
+        Self { data, bytes }
+    }
+
     /// The tile of an output.
     fn of(self, output: usize) -> &'a [u8] {
         &self.data[output / LANES * self.bytes..][..self.bytes]
@@ -321,7 +326,7 @@ impl Segment {
     /// They, of a matrix that stands in such.
     pub(crate) fn tiles(&self) -> Tiles<'_> {
         let data: &[u8] = self.data.values();
-        Tiles { data, bytes: data.len() / self.n.div_ceil(LANES) }
+        Tiles::new(data, data.len() / self.n.div_ceil(LANES))
     }
 
     fn row(&self, i: usize, out: &mut [f32]) {

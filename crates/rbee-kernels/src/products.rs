@@ -6,6 +6,8 @@
 
 #![expect(unsafe_code, reason = "SIMD kernels over raw pointers")]
 
+use std::ops::Range;
+
 use crate::ints::{GROUP, Ints, LINE};
 use crate::matmul::{Span, To, store};
 use crate::packed::Tiles;
@@ -20,6 +22,9 @@ const AHEAD: usize = 8 << 10;
 /// The same of one row's product, whose weights take no other's place in the caches: of 1 to 24 KiB 6 are the best or near it for all
 /// forms, on one thread and two, and a step is 2 to 4 % shorter than with [`AHEAD`] and lines that stay.
 const AHEAD_ONCE: usize = 6 << 10;
+
+/// Rows of a block that meets one tile, where registers are wide.
+const TALL: usize = 8;
 
 /// Bytes of rounded rows that are kept near while all weights pass by.
 const NEAR: usize = 1 << 20;
@@ -106,16 +111,22 @@ impl<S, const R: usize, const T: usize> Meeting<S, R, T> {
     }
 }
 
-/// Which runs of weights are asked for ahead of time: every so many, from one on, so many bytes ahead of those that are met.
+/// Tiles that are asked for while others are met: where they begin, bytes from one to the next, and bytes for each run.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    pub(crate) from: *const u8,
+    pub(crate) tile: usize,
+    pub(crate) run: usize,
+}
+
+/// What is asked for with which runs: every so many, from one on. Where several blocks of rows meet the same weights, each asks for a
+/// share of the next ones, so that memory is never idle.
 #[derive(Clone, Copy)]
 struct Fetch {
     every: usize,
     first: usize,
-    ahead: usize,
+    ahead: Ahead,
 }
-
-/// For weights that one block of rows meets. Where several do, each asks for a share of the next tiles, so that memory is never idle.
-const STREAM: Fetch = Fetch { every: 1, first: 0, ahead: AHEAD };
 
 /// A form's arithmetic.
 pub(crate) trait Form {
@@ -140,6 +151,8 @@ pub(crate) struct Columns<'a, F: Form> {
     pub(crate) part: Span,
     pub(crate) rounded: &'a Rounded<F::Step>,
     pub(crate) w: Tiles<'a>,
+    /// What is asked for where several blocks of rows meet, if it is not the tiles after them.
+    pub(crate) next: Option<Ahead>,
     pub(crate) form: std::marker::PhantomData<F>,
 }
 
@@ -152,42 +165,30 @@ impl<F: Form> Kernel for Columns<'_, F> {
         unsafe {
             if m == 1 {
                 // One stream of weights at a time.
-                let fetch = Fetch { ahead: AHEAD_ONCE, ..STREAM };
-                tiles.for_each(|tile| self.block::<L, 1, 1, true>(0, tile, fetch));
+                tiles.for_each(|tile| self.block::<L, 1, 1, true>(0, tile, self.stream(tile, AHEAD_ONCE)));
                 return;
             }
-            let most = if L::WIDE { 6 } else { F::NARROW };
+            let most = if L::WIDE { if m > F::ALONE { 6 } else { TALL } } else { F::NARROW };
             let near = (NEAR / (k * size_of::<F::Step>())).max(most).next_multiple_of(most);
             for first in (0..m).step_by(near) {
                 let rows = near.min(m - first);
                 let mut tile = tiles.start;
                 while tile < tiles.end {
                     let pair = L::WIDE && m > F::ALONE && tile + 1 < tiles.end;
+                    let together = if pair { 2 } else { 1 };
                     // Of about the same size, so that no block is left with one row.
                     let blocks = rows.div_ceil(most);
                     for block in 0..blocks {
-                        let row = first + block * rows / blocks;
-                        let ahead = self.w.bytes() * if pair { 2 } else { 1 };
-                        let fetch = if blocks == 1 { STREAM } else { Fetch { every: blocks, first: block, ahead } };
-                        match ((block + 1) * rows / blocks - block * rows / blocks, pair) {
-                            (6, true) => self.block::<L, 6, 2, false>(row, tile, fetch),
-                            (5, true) => self.block::<L, 5, 2, false>(row, tile, fetch),
-                            (4, true) => self.block::<L, 4, 2, false>(row, tile, fetch),
-                            (3, true) => self.block::<L, 3, 2, false>(row, tile, fetch),
-                            (2, true) => self.block::<L, 2, 2, false>(row, tile, fetch),
-                            (1, true) => self.block::<L, 1, 2, false>(row, tile, fetch),
-                            (6, false) if L::WIDE => self.block::<L, 6, 1, false>(row, tile, fetch),
-                            (5, false) if L::WIDE => self.block::<L, 5, 1, false>(row, tile, fetch),
-                            (4, false) if L::WIDE => self.block::<L, 4, 1, false>(row, tile, fetch),
-                            (3, false) => self.block::<L, 3, 1, false>(row, tile, fetch),
-                            (2, false) => self.block::<L, 2, 1, false>(row, tile, fetch),
-                            (some, false) => {
-                                (row..row + some).for_each(|row| self.block::<L, 1, 1, false>(row, tile, fetch))
-                            }
-                            _ => unreachable!("blocks have at most {most} rows"),
-                        }
+                        let (row, end) = (first + block * rows / blocks, first + (block + 1) * rows / blocks);
+                        let fetch = if blocks == 1 {
+                            self.stream(tile, AHEAD)
+                        } else {
+                            let after = || self.ahead(tile, together * self.w.bytes());
+                            Fetch { every: blocks, first: block, ahead: self.next.unwrap_or_else(after) }
+                        };
+                        self.rows::<L>(row..end, tile, pair, fetch);
                     }
-                    tile += if pair { 2 } else { 1 };
+                    tile += together;
                 }
             }
         }
@@ -195,6 +196,54 @@ impl<F: Form> Kernel for Columns<'_, F> {
 }
 
 impl<F: Form> Columns<'_, F> {
+    /// So many bytes after those of a tile.
+    ///
+    /// # Safety
+    /// There is such a tile.
+    #[inline(always)]
+    unsafe fn ahead(&self, tile: usize, bytes: usize) -> Ahead {
+        // SAFETY: the caller's.
+        Ahead { from: unsafe { self.w.start(tile) }.wrapping_add(bytes), tile: self.w.bytes(), run: F::BYTES }
+    }
+
+    /// For weights that one block of rows meets.
+    ///
+    /// # Safety
+    /// As above.
+    #[inline(always)]
+    unsafe fn stream(&self, tile: usize, bytes: usize) -> Fetch {
+        // SAFETY: the caller's.
+        Fetch { every: 1, first: 0, ahead: unsafe { self.ahead(tile, bytes) } }
+    }
+
+    /// A block of rows, and a tile or a pair.
+    ///
+    /// # Safety
+    /// There are such rows and tiles.
+    #[inline(always)]
+    unsafe fn rows<L: Lanes>(&self, rows: Range<usize>, tile: usize, pair: bool, fetch: Fetch) {
+        let row = rows.start;
+        // SAFETY: the caller's.
+        unsafe {
+            match (rows.len(), pair) {
+                (6, true) => self.block::<L, 6, 2, false>(row, tile, fetch),
+                (5, true) => self.block::<L, 5, 2, false>(row, tile, fetch),
+                (4, true) => self.block::<L, 4, 2, false>(row, tile, fetch),
+                (3, true) => self.block::<L, 3, 2, false>(row, tile, fetch),
+                (2, true) => self.block::<L, 2, 2, false>(row, tile, fetch),
+                (1, true) => self.block::<L, 1, 2, false>(row, tile, fetch),
+                (8, false) if L::WIDE => self.block::<L, 8, 1, false>(row, tile, fetch),
+                (7, false) if L::WIDE => self.block::<L, 7, 1, false>(row, tile, fetch),
+                (6, false) if L::WIDE => self.block::<L, 6, 1, false>(row, tile, fetch),
+                (5, false) if L::WIDE => self.block::<L, 5, 1, false>(row, tile, fetch),
+                (4, false) if L::WIDE => self.block::<L, 4, 1, false>(row, tile, fetch),
+                (3, false) => self.block::<L, 3, 1, false>(row, tile, fetch),
+                (2, false) => self.block::<L, 2, 1, false>(row, tile, fetch),
+                _ => rows.for_each(|row| self.block::<L, 1, 1, false>(row, tile, fetch)),
+            }
+        }
+    }
+
     /// `R` rows of `T` tiles, whose weights may leave the caches after it where it reads them `ONCE`.
     ///
     /// # Safety
@@ -214,11 +263,14 @@ impl<F: Form> Columns<'_, F> {
             let steps = self.rounded.steps.as_ptr().add(row * k);
             let about = self.rounded.runs.as_ptr().add(row * per_row);
             let mut sums = [[L::splat(0.0); T]; R];
+            let mut until = fetch.first;
             for run in 0..per_row {
-                if run % fetch.every == fetch.first {
+                if run == until {
+                    until += fetch.every;
+                    let Ahead { from, tile, run: per_run } = fetch.ahead;
                     for t in 0..T {
-                        let ahead = tiles.wrapping_add(t * bytes + run * F::BYTES + fetch.ahead);
-                        let lines = (0..F::BYTES.div_ceil(LINE)).map(|line| ahead.wrapping_add(line * LINE));
+                        let from = from.wrapping_add(t * tile + run * per_run);
+                        let lines = (0..per_run.div_ceil(LINE)).map(|line| from.wrapping_add(line * LINE));
                         if ONCE { lines.for_each(L::fetch_once) } else { lines.for_each(L::fetch) }
                     }
                 }

@@ -7,6 +7,9 @@
 
 #![expect(unsafe_code, reason = "tasks write disjoint rows of one buffer")]
 
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use crate::ops::{Body, on};
 use crate::pool::{Pool, SharedOut};
 use crate::simd::Isa;
@@ -65,7 +68,13 @@ pub(crate) struct Run {
 pub(crate) struct Rounded<S> {
     pub(crate) steps: Vec<S>,
     pub(crate) runs: Vec<Run>,
+    /// Whether all scales are between 2^-[`FAR`] and 2^[`FAR`].
+    pub(crate) near: bool,
 }
+
+/// How far a power of two may be from 1 for the product of two, and its product with a number between 1 and 2, to be one that has all
+/// bits of its fraction.
+pub(crate) const FAR: u8 = 60;
 
 impl<S: Step> Rounded<S> {
     /// Rounds rows of values, a multiple of 32 each.
@@ -74,12 +83,18 @@ impl<S: Step> Rounded<S> {
         self.steps.resize(x.len(), S::default());
         self.runs.resize(x.len() / RUN, Run::default());
         let (steps, runs) = (SharedOut::new(&mut self.steps), SharedOut::new(&mut self.runs));
+        let far = AtomicBool::new(false);
         pool.run(x.len().div_ceil(TASK), &|task| {
             let range = task * TASK..((task + 1) * TASK).min(x.len());
             // SAFETY: these runs belong to this task alone: a task is whole runs.
             let (steps, runs) = unsafe { (steps.part(range.clone()), runs.part(range.start / RUN..range.end / RUN)) };
-            on(isa, Round { x: &x[range], steps, runs });
+            let mut near = true;
+            on(isa, Round { x: &x[range], steps, runs, near: &mut near });
+            if !near {
+                far.store(true, Ordering::Relaxed);
+            }
         });
+        self.near = !far.into_inner();
     }
 }
 
@@ -87,6 +102,7 @@ struct Round<'a, S> {
     x: &'a [f32],
     steps: &'a mut [S],
     runs: &'a mut [Run],
+    near: &'a mut bool,
 }
 
 impl<S: Step> Body for Round<'_, S> {
@@ -95,13 +111,14 @@ impl<S: Step> Body for Round<'_, S> {
         // Adding it rounds to a whole number, ties to even, which then stands in the lowest bits.
         const ROUND: f32 = 12_582_912.0;
         const MAGNITUDE: u32 = 0x7fff_ffff;
+        const NEAR: Range<u32> = (127 - FAR as u32) << 23..(127 + FAR as u32) << 23;
         let (x, _) = self.x.as_chunks::<RUN>();
         let (steps, _) = self.steps.as_chunks_mut::<RUN>();
         for ((x, steps), run) in x.iter().zip(steps).zip(self.runs) {
             // Magnitudes are in the order of their bits, with what is no number above all others.
             let high = x.iter().fold(0, |high, x| (x.to_bits() & MAGNITUDE).max(high));
             let high = f32::from_bits(high);
-            let (scale, inverse) = if high > TINY { (high / S::MOST, S::MOST / high) } else { (0.0, 0.0) };
+            let (scale, inverse) = if high > TINY { (high / S::MOST, S::MOST / high) } else { (1.0, 0.0) };
             let mut sums = [0i32; 2];
             for ((x, steps), sum) in x.as_chunks::<16>().0.iter().zip(steps.as_chunks_mut::<16>().0).zip(&mut sums) {
                 let mut whole = [0i32; 16];
@@ -122,6 +139,7 @@ impl<S: Step> Body for Round<'_, S> {
                 }
             }
             let scale = if high < f32::INFINITY { scale } else { f32::NAN };
+            *self.near &= NEAR.contains(&scale.to_bits());
             let sum = sums[0].wrapping_add(sums[1]) as f32;
             *run = Run { scale, sum: scale * sum, sums };
         }
@@ -156,7 +174,7 @@ mod tests {
                 assert_eq!(run.sum, (sums[0] + sums[1]) * run.scale);
             }
         }
-        assert_eq!(want.runs[2], Run::default());
+        assert_eq!(want.runs[2], Run { scale: 1.0, ..Run::default() });
         for isa in Isa::ALL.into_iter().filter(|isa| isa.is_here()) {
             let got = rounded::<S>(isa, 3, &x);
             assert!(got.steps == want.steps && got.runs == want.runs, "{isa:?}");

@@ -120,6 +120,16 @@ pub trait Lanes: Copy {
     /// # Safety
     /// `at` points to 16 values.
     unsafe fn load_powers(at: *const u8) -> Self;
+    /// The same powers, none of them zero, for [`Lanes::scaled`].
+    ///
+    /// # Safety
+    /// As above.
+    unsafe fn load_exponents(at: *const u8) -> Self::Ints;
+    /// A value times powers of two, made by additions: it and the products must be numbers that have all bits of their fraction.
+    ///
+    /// # Safety
+    /// As above.
+    unsafe fn scaled(value: f32, by: Self::Ints) -> Self;
     /// Asks for the line of memory at `at`, which need not exist.
     fn fetch(at: *const u8);
     /// The same of a line that is read once: it takes no other's place in the larger caches.
@@ -193,6 +203,15 @@ impl Lanes for [f32; LANES] {
     unsafe fn load_powers(at: *const u8) -> Self {
         // SAFETY: the caller's.
         std::array::from_fn(|i| unsafe { f32::from_bits(u32::from(*at.add(i)) << 23) })
+    }
+    #[inline(always)]
+    unsafe fn load_exponents(at: *const u8) -> [i32; LANES] {
+        // SAFETY: the caller's.
+        std::array::from_fn(|i| unsafe { (i32::from(*at.add(i)) - 127) << 23 })
+    }
+    #[inline(always)]
+    unsafe fn scaled(value: f32, by: [i32; LANES]) -> Self {
+        by.map(|by| f32::from_bits(value.to_bits().wrapping_add_signed(by)))
     }
     #[inline(always)]
     unsafe fn store(self, at: *mut f32) {
@@ -307,6 +326,19 @@ mod x86 {
             }
         }
         #[inline(always)]
+        unsafe fn load_exponents(at: *const u8) -> __m512i {
+            // SAFETY: the caller's.
+            unsafe {
+                let bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(at.cast()));
+                _mm512_slli_epi32::<23>(_mm512_sub_epi32(bytes, _mm512_set1_epi32(127)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn scaled(value: f32, by: __m512i) -> Self {
+            // SAFETY: AVX-512F is there.
+            unsafe { _mm512_castsi512_ps(_mm512_add_epi32(_mm512_castps_si512(_mm512_set1_ps(value)), by)) }
+        }
+        #[inline(always)]
         unsafe fn store(self, at: *mut f32) {
             // SAFETY: the caller's.
             unsafe { _mm512_storeu_ps(at, self) }
@@ -365,6 +397,22 @@ mod x86 {
                 let bytes = _mm_loadu_si128(at.cast());
                 let (a, b) = (_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(bytes)));
                 [_mm256_castsi256_ps(_mm256_slli_epi32::<23>(a)), _mm256_castsi256_ps(_mm256_slli_epi32::<23>(b))]
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_exponents(at: *const u8) -> [__m256i; 2] {
+            // SAFETY: the caller's.
+            unsafe {
+                let bytes = _mm_loadu_si128(at.cast());
+                [_mm256_cvtepu8_epi32(bytes), _mm256_cvtepu8_epi32(_mm_srli_si128::<8>(bytes))]
+                    .map(|bytes| _mm256_slli_epi32::<23>(_mm256_sub_epi32(bytes, _mm256_set1_epi32(127))))
+            }
+        }
+        #[inline(always)]
+        unsafe fn scaled(value: f32, by: [__m256i; 2]) -> Self {
+            // SAFETY: AVX2 is there.
+            unsafe {
+                by.map(|by| _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(_mm256_set1_ps(value)), by)))
             }
         }
         #[inline(always)]

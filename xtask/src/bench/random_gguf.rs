@@ -39,8 +39,10 @@ pub(super) const SHAPES: [&Shape; 3] = [
 /// What a step does with a file's weights.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Work {
-    /// Bytes of weights that each step reads.
+    /// Bytes of weights that each step reads, as the file has them.
     pub(super) bytes: u64,
+    /// The same as rbee keeps them.
+    pub(super) kept: u64,
     /// Weights that each token of a step meets.
     pub(super) layers: u64,
     /// Weights that each token meets whose logits are wanted.
@@ -141,6 +143,14 @@ impl Kind {
         dims.iter().product::<u64>() / weights * bytes
     }
 
+    /// Bytes of a matrix in rbee's memory: bf16 takes twelve bits there, and a byte for every 32 weights.
+    fn kept(self, dims: &[u64]) -> u64 {
+        match self {
+            Self::Bf16 => dims.iter().product::<u64>() / 32 * 49,
+            _ => self.sized(dims),
+        }
+    }
+
     /// About a mebibyte of blocks, of weights around 0.02.
     fn blocks(self) -> Vec<u8> {
         let mut state = 1u64;
@@ -229,6 +239,7 @@ impl Shape {
             // Of an embedding that is not the head as well, a step reads a row for each token.
             if name != "token_embd.weight" || self.tied {
                 work.bytes += kind.sized(&dims);
+                work.kept += kind.kept(&dims);
             }
             if name.starts_with("blk.") && dims.len() > 1 {
                 work.layers += dims.iter().product::<u64>();

@@ -75,8 +75,9 @@ pub(super) fn table(shape: &Shape, mixture: Mixture, peer: &str, all: &[Series])
     let work = shape.work(mixture);
     let mut lines = vec![format!("### {} {}", shape.name, mixture.name()), String::new()];
     lines.push(format!(
-        "A step reads {:.0} MB of weights. The machine's limits meanwhile, by threads: {}.",
+        "A step reads {:.0} MB of weights, {:.0} as rbee keeps them. The machine's limits meanwhile, by threads: {}.",
         work.bytes as f64 / 1e6,
+        work.kept as f64 / 1e6,
         limits(all)
     ));
     lines.push(String::new());
@@ -90,7 +91,8 @@ fn row(series: &Series, work: &Work, mixture: Mixture) -> String {
     let samples = &series.samples;
     let (ours, theirs) = (median(samples.iter().map(|it| it.ours)), median(samples.iter().map(|it| it.theirs)));
     let ratios = sorted(samples.iter().map(|it| it.ours / it.theirs));
-    let share = |value: &dyn Fn(&Sample) -> f64| {
+    let kept = Work { bytes: work.kept, ..*work };
+    let share = |work: &Work, value: &dyn Fn(&Sample) -> f64| {
         let shares = samples.iter().filter_map(|sample| {
             let (products, _) = products(mixture, &sample.limits);
             Some(value(sample) / most(series.figure, work, sample.limits.read, products)?.0)
@@ -100,7 +102,7 @@ fn row(series: &Series, work: &Work, mixture: Mixture) -> String {
     };
     let bounds = samples.first().and_then(|sample| {
         let (products, kind) = products(mixture, &sample.limits);
-        let (_, bound) = most(series.figure, work, sample.limits.read, products)?;
+        let (_, bound) = most(series.figure, &kept, sample.limits.read, products)?;
         Some(if bound == Bound::Memory { "memory" } else { kind })
     });
     format!(
@@ -113,8 +115,8 @@ fn row(series: &Series, work: &Work, mixture: Mixture) -> String {
         quantile(&ratios, 0.0),
         quantile(&ratios, 1.0),
         bounds.unwrap_or("-"),
-        share(&|it| it.ours),
-        share(&|it| it.theirs),
+        share(&kept, &|it| it.ours),
+        share(work, &|it| it.theirs),
     )
 }
 
@@ -147,7 +149,8 @@ fn limits(all: &[Series]) -> String {
 mod tests {
     use super::*;
 
-    const WORK: Work = Work { bytes: 1_000_000_000, layers: 1_000_000_000, head: 0, kv: 1_000_000 };
+    const WORK: Work =
+        Work { bytes: 1_000_000_000, kept: 1_000_000_000, layers: 1_000_000_000, head: 0, kv: 1_000_000 };
 
     #[test]
     fn one_token_is_bound_by_what_is_read_and_a_prompt_by_its_products() {
