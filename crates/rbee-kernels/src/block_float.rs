@@ -329,8 +329,6 @@ impl<T: Copy, F: Fn(T) -> f32> Kernel for Pack<'_, T, F> {
     unsafe fn run<L: Lanes>(self) {
         // Adding it rounds to a whole number, ties to even, which then stands in the lowest bits.
         const ROUND: f32 = 12_582_912.0;
-        // Of each output, in the order of its inputs.
-        let (mut magnitudes, mut shifts) = ([[0u16; RUN]; LANES], [[0u16; RUN]; LANES]);
         for run in 0..self.k / RUN {
             for (column, row) in self.rows.iter().enumerate() {
                 let mut weights = [0f32; RUN];
@@ -342,28 +340,26 @@ impl<T: Copy, F: Fn(T) -> f32> Kernel for Pack<'_, T, F> {
                     return;
                 };
                 self.out[run * LANES + column] = byte;
-                for ((weight, magnitude), shift) in weights.iter().zip(&mut magnitudes[column]).zip(&mut shifts[column])
-                {
+                let (mut magnitudes, mut shifts) = ([0u16; RUN], [0u16; RUN]);
+                for ((weight, magnitude), shift) in weights.iter().zip(&mut magnitudes).zip(&mut shifts) {
                     let whole = (weight.abs() * inverse + ROUND).to_bits() & 0xffff;
                     // How many bits it has beyond eight: a float's exponent counts them.
                     let by = ((whole as f32).to_bits() >> 23).saturating_sub(127 + 7);
                     *magnitude = (whole >> by) as u16;
                     *shift = (by | weight.to_bits() >> 31 << 3) as u16;
                 }
-            }
-            let fours = self.out[of_run(self.k, run, LINES)..][..LINES].as_chunks_mut::<{ FOUR * LINE }>().0;
-            for (four, lines) in fours.iter_mut().enumerate() {
-                let word = |lanes: &[[u16; RUN]; LANES], i: usize, pair: usize| {
-                    lanes[i / PAIR][(4 * four + pair) * PAIR + i % PAIR]
+                let lines = &mut self.out[of_run(self.k, run, LINES)..][..LINES];
+                let mut put = |line: usize, word: u32| {
+                    lines[line * LINE + column * 4..][..4].copy_from_slice(&word.to_ne_bytes());
                 };
-                let of_shifts = |i| (0..4).fold(0, |all, pair| all | word(&shifts, i, pair) << (4 * pair));
-                let of = |i, pair| word(&magnitudes, i, pair) | word(&magnitudes, i, pair + 1) << 8;
-                let words: [[u16; LINE / 2]; FOUR] = [
-                    std::array::from_fn(of_shifts),
-                    std::array::from_fn(|i| of(i, 0)),
-                    std::array::from_fn(|i| of(i, 2)),
-                ];
-                lines.copy_from_slice(bytemuck::bytes_of(&words));
+                // Two words of sixteen bits at once, whose bits do not meet.
+                let (magnitudes, shifts): ([u32; RUN / PAIR], [u32; RUN / PAIR]) =
+                    (bytemuck::cast(magnitudes), bytemuck::cast(shifts));
+                for (four, (m, s)) in magnitudes.as_chunks::<4>().0.iter().zip(shifts.as_chunks::<4>().0).enumerate() {
+                    put(four * FOUR, s[0] | s[1] << 4 | s[2] << 8 | s[3] << 12);
+                    put(four * FOUR + 1, m[0] | m[1] << 8);
+                    put(four * FOUR + 2, m[2] | m[3] << 8);
+                }
             }
         }
     }
