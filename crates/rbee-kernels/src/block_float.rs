@@ -123,6 +123,7 @@ unsafe fn add_powers<L: Lanes, const R: usize, const T: usize, const NEAR: bool>
 impl Form for BlockFloat {
     type Step = i16;
     const BYTES: usize = LANES + LINES;
+    const ONCE: bool = false;
     const ALONE: usize = usize::MAX;
 
     #[inline(always)]

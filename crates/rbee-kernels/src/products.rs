@@ -19,8 +19,7 @@ use half::f16;
 /// Bytes ahead of those that a lone block's product reads which are fetched already.
 const AHEAD: usize = 8 << 10;
 
-/// The same of one row's product, whose weights take no other's place in the caches: of 1 to 24 KiB 6 are the best or near it for all
-/// forms, on one thread and two, and a step is 2 to 4 % shorter than with [`AHEAD`] and lines that stay.
+/// The same of one row's product: of 1 to 24 KiB 6 are the best or near it for all forms, on one thread and two.
 const AHEAD_ONCE: usize = 6 << 10;
 
 /// Rows of a block that meets one tile, where registers are wide.
@@ -137,6 +136,9 @@ pub(crate) trait Form {
     /// Rows up to which one tile at a time is faster than two, as measured: its weights come as one stream, two share what is loaded of
     /// the rows.
     const ALONE: usize = 24;
+    /// Whether a lone row's weights are asked for as read once. Where little is computed for each byte a step is 2 to 4 % shorter by it;
+    /// where more is, 10 to 20 % longer.
+    const ONCE: bool = true;
     /// Rows of a block, up to three, where registers are half as wide and half as many: as measured.
     const NARROW: usize = 3;
     /// Adds the products to `sums`.
@@ -271,7 +273,7 @@ impl<F: Form> Columns<'_, F> {
                     for t in 0..T {
                         let from = from.wrapping_add(t * tile + run * per_run);
                         let lines = (0..per_run.div_ceil(LINE)).map(|line| from.wrapping_add(line * LINE));
-                        if ONCE { lines.for_each(L::fetch_once) } else { lines.for_each(L::fetch) }
+                        if ONCE && F::ONCE { lines.for_each(L::fetch_once) } else { lines.for_each(L::fetch) }
                     }
                 }
                 let (steps, about) = (steps.add(run * RUN), about.add(run));
@@ -491,6 +493,7 @@ impl Form for Q4K {
 impl Form for Q5K {
     type Step = i8;
     const BYTES: usize = Q5K::BLOCK / RUNS;
+    const ONCE: bool = false;
 
     #[inline(always)]
     unsafe fn run<L: Lanes, const R: usize, const T: usize>(meeting: Meeting<i8, R, T>, sums: &mut [[L; T]; R]) {
@@ -520,6 +523,7 @@ impl Form for Q5K {
 impl Form for Q6K {
     type Step = i8;
     const BYTES: usize = Q6K::BLOCK / RUNS;
+    const ONCE: bool = false;
     // Two tiles ask for more registers than there are, and three rows where there are fewer.
     const ALONE: usize = usize::MAX;
     const NARROW: usize = 2;

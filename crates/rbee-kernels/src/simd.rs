@@ -130,9 +130,10 @@ pub trait Lanes: Copy {
     /// # Safety
     /// As above.
     unsafe fn scaled(value: f32, by: Self::Ints) -> Self;
-    /// Asks for the line of memory at `at`, which need not exist.
+    /// Asks for the line of memory at `at`, which need not exist, as far as the second cache: in the first it would take the place of what
+    /// is read before it.
     fn fetch(at: *const u8);
-    /// The same of a line that is read once: it takes no other's place in the larger caches.
+    /// The same of a line that is read once, as far as the first: it takes no other's place in the larger caches.
     fn fetch_once(at: *const u8);
     /// Writes all lanes.
     ///
@@ -287,7 +288,7 @@ mod x86 {
         #[inline(always)]
         fn fetch(at: *const u8) {
             // SAFETY: SSE is part of x86-64, and no address is wrong to ask for.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
         }
         #[inline(always)]
         fn fetch_once(at: *const u8) {
@@ -356,7 +357,7 @@ mod x86 {
         #[inline(always)]
         fn fetch(at: *const u8) {
             // SAFETY: SSE is part of x86-64, and no address is wrong to ask for.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(at.cast()) }
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(at.cast()) }
         }
         #[inline(always)]
         fn fetch_once(at: *const u8) {
