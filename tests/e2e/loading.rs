@@ -16,7 +16,8 @@ fn fewer_bits_are_asked_for_at_load_and_give_the_same_short_answers() {
     let workers = cluster.serving(2);
     let small =
         workers.iter().find(|worker| worker.memory.weights < whole).unwrap_or_else(|| panic!("{workers:?} {whole}"));
-    assert!(small.memory.weights * 17 < whole * 10, "{} of {whole}", small.memory.weights);
+    // 8.5 bits, and 12.25 of bf16.
+    assert!(small.memory.weights * 14 < whole * 10, "{} of {whole}", small.memory.weights);
     let id = small.worker_id.to_string();
     assert_eq!(cluster.rbee(&[&ASK[..], &["--worker-id", &id]].concat()).exits(0).stdout.trim(), "Bees make honey.");
     // Asked for again it is there; a form that nobody knows is refused by its name.
@@ -77,14 +78,14 @@ fn a_model_that_does_not_fit_is_refused_with_the_numbers_and_with_what_would_fit
     let cluster = Setup::real().warm();
     let hives = cluster.rbee(&["hive", "list", "--json"]).exits(0).json();
     let free = hives[0]["devices"][0]["memory_free"].as_u64().unwrap();
-    // Half as large again as what is free: with 8.5 bits a weight it would fit, with 16 it does not.
-    let model = hollow(&cluster, free / 2 * 3, 256);
+    // In bf16 1.6 times as large as what is free: with 8.5 bits a weight it would fit, with 12.25 it does not.
+    let model = hollow(&cluster, free / 5 * 8, 256);
     let refused = cluster.rbee(&["worker", "spawn", "--model", &model, "--json"]).exits(1);
     let error = refused.json()["error"].clone();
     assert_eq!(error["code"], "INSUFFICIENT_MEMORY", "{error}");
     let number = |value: &Value| value.as_u64().unwrap();
     let (needed, free) = (number(&error["details"]["needed"]), number(&error["details"]["free"]));
-    assert!(needed > free / 100 * 130 && needed < free * 2, "{needed} {free}");
+    assert!(needed > free / 100 * 120 && needed < free / 10 * 15, "{needed} {free}");
     let fits = error["details"]["would_fit"].as_array().unwrap();
     assert_eq!(fits[0]["load"]["quantize"], "q8_0", "{error}");
     assert!(number(&fits[0]["needed"]) <= free && number(&fits[0]["needed"]) > needed / 2, "{error}");
