@@ -124,6 +124,8 @@ pub(crate) struct Ahead {
 struct Fetch {
     every: usize,
     first: usize,
+    /// Whether they are read once: see [`Lanes::fetch_once`].
+    once: bool,
     ahead: Ahead,
 }
 
@@ -167,7 +169,7 @@ impl<F: Form> Kernel for Columns<'_, F> {
         unsafe {
             if m == 1 {
                 // One stream of weights at a time.
-                tiles.for_each(|tile| self.block::<L, 1, 1, true>(0, tile, self.stream(tile, AHEAD_ONCE)));
+                tiles.for_each(|tile| self.block::<L, 1, 1>(0, tile, self.stream(tile, AHEAD_ONCE, F::ONCE)));
                 return;
             }
             let most = if L::WIDE { if m > F::ALONE { 6 } else { TALL } } else { F::NARROW };
@@ -183,10 +185,10 @@ impl<F: Form> Kernel for Columns<'_, F> {
                     for block in 0..blocks {
                         let (row, end) = (first + block * rows / blocks, first + (block + 1) * rows / blocks);
                         let fetch = if blocks == 1 {
-                            self.stream(tile, AHEAD)
+                            self.stream(tile, AHEAD, false)
                         } else {
                             let after = || self.ahead(tile, together * self.w.bytes());
-                            Fetch { every: blocks, first: block, ahead: self.next.unwrap_or_else(after) }
+                            Fetch { every: blocks, first: block, once: false, ahead: self.next.unwrap_or_else(after) }
                         };
                         self.rows::<L>(row..end, tile, pair, fetch);
                     }
@@ -213,9 +215,9 @@ impl<F: Form> Columns<'_, F> {
     /// # Safety
     /// As above.
     #[inline(always)]
-    unsafe fn stream(&self, tile: usize, bytes: usize) -> Fetch {
+    unsafe fn stream(&self, tile: usize, bytes: usize, once: bool) -> Fetch {
         // SAFETY: the caller's.
-        Fetch { every: 1, first: 0, ahead: unsafe { self.ahead(tile, bytes) } }
+        Fetch { every: 1, first: 0, once, ahead: unsafe { self.ahead(tile, bytes) } }
     }
 
     /// A block of rows, and a tile or a pair.
@@ -228,35 +230,30 @@ impl<F: Form> Columns<'_, F> {
         // SAFETY: the caller's.
         unsafe {
             match (rows.len(), pair) {
-                (6, true) => self.block::<L, 6, 2, false>(row, tile, fetch),
-                (5, true) => self.block::<L, 5, 2, false>(row, tile, fetch),
-                (4, true) => self.block::<L, 4, 2, false>(row, tile, fetch),
-                (3, true) => self.block::<L, 3, 2, false>(row, tile, fetch),
-                (2, true) => self.block::<L, 2, 2, false>(row, tile, fetch),
-                (1, true) => self.block::<L, 1, 2, false>(row, tile, fetch),
-                (8, false) if L::WIDE => self.block::<L, 8, 1, false>(row, tile, fetch),
-                (7, false) if L::WIDE => self.block::<L, 7, 1, false>(row, tile, fetch),
-                (6, false) if L::WIDE => self.block::<L, 6, 1, false>(row, tile, fetch),
-                (5, false) if L::WIDE => self.block::<L, 5, 1, false>(row, tile, fetch),
-                (4, false) if L::WIDE => self.block::<L, 4, 1, false>(row, tile, fetch),
-                (3, false) => self.block::<L, 3, 1, false>(row, tile, fetch),
-                (2, false) => self.block::<L, 2, 1, false>(row, tile, fetch),
-                _ => rows.for_each(|row| self.block::<L, 1, 1, false>(row, tile, fetch)),
+                (6, true) => self.block::<L, 6, 2>(row, tile, fetch),
+                (5, true) => self.block::<L, 5, 2>(row, tile, fetch),
+                (4, true) => self.block::<L, 4, 2>(row, tile, fetch),
+                (3, true) => self.block::<L, 3, 2>(row, tile, fetch),
+                (2, true) => self.block::<L, 2, 2>(row, tile, fetch),
+                (1, true) => self.block::<L, 1, 2>(row, tile, fetch),
+                (8, false) if L::WIDE => self.block::<L, 8, 1>(row, tile, fetch),
+                (7, false) if L::WIDE => self.block::<L, 7, 1>(row, tile, fetch),
+                (6, false) if L::WIDE => self.block::<L, 6, 1>(row, tile, fetch),
+                (5, false) if L::WIDE => self.block::<L, 5, 1>(row, tile, fetch),
+                (4, false) if L::WIDE => self.block::<L, 4, 1>(row, tile, fetch),
+                (3, false) => self.block::<L, 3, 1>(row, tile, fetch),
+                (2, false) => self.block::<L, 2, 1>(row, tile, fetch),
+                _ => rows.for_each(|row| self.block::<L, 1, 1>(row, tile, fetch)),
             }
         }
     }
 
-    /// `R` rows of `T` tiles, whose weights may leave the caches after it where it reads them `ONCE`.
+    /// `R` rows of `T` tiles.
     ///
     /// # Safety
     /// There are such rows and tiles.
     #[inline(always)]
-    unsafe fn block<L: Lanes, const R: usize, const T: usize, const ONCE: bool>(
-        &self,
-        row: usize,
-        tile: usize,
-        fetch: Fetch,
-    ) {
+    unsafe fn block<L: Lanes, const R: usize, const T: usize>(&self, row: usize, tile: usize, fetch: Fetch) {
         let Span { n, to: To { k, stride, out, .. }, .. } = self.part;
         let per_row = k / RUN;
         // SAFETY: the caller's. What is stored lies within row and tile; what is fetched ahead need not exist.
@@ -273,7 +270,7 @@ impl<F: Form> Columns<'_, F> {
                     for t in 0..T {
                         let from = from.wrapping_add(t * tile + run * per_run);
                         let lines = (0..per_run.div_ceil(LINE)).map(|line| from.wrapping_add(line * LINE));
-                        if ONCE && F::ONCE { lines.for_each(L::fetch_once) } else { lines.for_each(L::fetch) }
+                        if fetch.once { lines.for_each(L::fetch_once) } else { lines.for_each(L::fetch) }
                     }
                 }
                 let (steps, about) = (steps.add(run * RUN), about.add(run));
