@@ -12,6 +12,7 @@
 //! have the scales of the whole tile first, the others those of a block at its beginning.
 
 use std::borrow::Cow;
+use std::ops::Range;
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
@@ -61,6 +62,9 @@ impl Sixes {
 const WHOLE: usize = RUN / GROUP * LINE;
 const HALVES: usize = WHOLE / 2;
 
+/// The pairs of groups of a run.
+const PAIRS: Range<usize> = 0..RUN / GROUP / 2;
+
 pub(crate) struct Q8_0;
 pub(crate) struct Q4_0;
 pub(crate) struct Q4K;
@@ -108,12 +112,18 @@ impl Q5K {
 }
 
 impl Q6K {
-    /// The last two lines have the upper two bits, each of four groups, from the lowest bits on.
+    /// Three lines for each half: the upper two bits of its four groups, from the lowest bits on, and the lower four.
     pub(crate) const RUN: usize = HALVES + 2 * LINE;
     pub(crate) const BLOCK: usize = Self::weights(RUNS);
     #[inline(always)]
     pub(crate) const fn weights(run: usize) -> usize {
         HEAD + RUNS * SCALES + run * Self::RUN
+    }
+
+    /// Where a half is in its run.
+    #[inline(always)]
+    pub(crate) const fn half(half: usize) -> usize {
+        half * (Self::RUN / 2)
     }
 }
 
@@ -239,9 +249,9 @@ impl Column<'_> {
     }
 
     /// Writes the low halves of a run's eight words, two to a line.
-    fn halves(&mut self, at: usize, groups: impl Fn(usize) -> u32) {
-        for pair in 0..RUN / GROUP / 2 {
-            self.word(at + pair * LINE, groups(2 * pair) & LOW | (groups(2 * pair + 1) & LOW) << 4);
+    fn halves(&mut self, at: usize, pairs: Range<usize>, groups: impl Fn(usize) -> u32) {
+        for (i, pair) in pairs.enumerate() {
+            self.word(at + i * LINE, groups(2 * pair) & LOW | (groups(2 * pair + 1) & LOW) << 4);
         }
     }
 }
@@ -284,7 +294,9 @@ fn put(form: Quantization, row: &[u8], mut column: Column<'_>) -> Result<(), Not
         Quantization::Q4_0 => {
             for (run, block) in blocks {
                 column.half(run * SCALES, [block[0], block[1]], 1.0)?;
-                column.halves(Q4_0::weights(k, run), |group| four(block, 2 + group % 4 * GROUP) >> (group / 4 * 4));
+                column.halves(Q4_0::weights(k, run), PAIRS, |group| {
+                    four(block, 2 + group % 4 * GROUP) >> (group / 4 * 4)
+                });
             }
         }
         // f16 `d` and `dmin`, 12 bytes of scales and minima, 128 of weights: two runs share 32 bytes, the first in the low halves. Q5_K
@@ -302,7 +314,9 @@ fn put(form: Quantization, row: &[u8], mut column: Column<'_>) -> Result<(), Not
                     column.byte(at + sixes.own, scale | min << 6);
                     column.bits(at + sixes.shared, min >> 2 << sixes.shift);
                     let weights = at + if five { Q5K::weights(run) } else { Q4K::weights(run) };
-                    column.halves(weights, |group| four(block, first + run / 2 * RUN + group * GROUP) >> (run % 2 * 4));
+                    column.halves(weights, PAIRS, |group| {
+                        four(block, first + run / 2 * RUN + group * GROUP) >> (run % 2 * 4)
+                    });
                     if five {
                         let fifth = |group| (four(block, 16 + group * GROUP) >> run & 0x0101_0101) << group;
                         column.word(weights + HALVES, (0..RUN / GROUP).fold(0, |all, group| all | fifth(group)));
@@ -321,13 +335,13 @@ fn put(form: Quantization, row: &[u8], mut column: Column<'_>) -> Result<(), Not
                     column.byte(at + HEAD + run * SCALES + LANES, block[193 + 2 * run]);
                     let (half, part) = (run / 4, run % 4);
                     let weights = at + Q6K::weights(run);
-                    column.halves(weights, |group| {
-                        four(block, half * 64 + part % 2 * RUN + group * GROUP) >> (part / 2 * 4)
-                    });
-                    for line in 0..2 {
-                        let upper = |g: usize| four(block, 128 + half * RUN + (4 * line + g) * GROUP) >> (2 * part);
-                        let bits = (0..4).fold(0, |all, g| all | (upper(g) & 0x0303_0303) << (2 * g));
-                        column.word(weights + HALVES + line * LINE, bits);
+                    for of_run in 0..2 {
+                        let at = weights + Q6K::half(of_run);
+                        let upper = |g: usize| four(block, 128 + half * RUN + (4 * of_run + g) * GROUP) >> (2 * part);
+                        column.word(at, (0..4).fold(0, |all, g| all | (upper(g) & 0x0303_0303) << (2 * g)));
+                        column.halves(at + LINE, 2 * of_run..2 * of_run + 2, |group| {
+                            four(block, half * 64 + part % 2 * RUN + group * GROUP) >> (part / 2 * 4)
+                        });
                     }
                 }
             }
@@ -369,10 +383,10 @@ pub(crate) fn read(form: Quantization, tile: &[u8], column: usize, out: &mut [f3
                 }
                 Quantization::Q6K => {
                     let at = block * Q6K::BLOCK;
-                    let weights = at + Q6K::weights(run_of_block);
-                    let upper = weight(weights + HALVES + i / 16 * LINE, i) >> (i / GROUP % 4 * 2) & 3;
+                    let weights = at + Q6K::weights(run_of_block) + Q6K::half(i / 16);
+                    let upper = weight(weights, i) >> (i / GROUP % 4 * 2) & 3;
                     let scale = byte(at + HEAD + run_of_block * SCALES + i / 16 * LANES).cast_signed();
-                    half(at) * f32::from(scale) * (f32::from(of_four(weights, i) | upper << 4) - 32.0)
+                    half(at) * f32::from(scale) * (f32::from(of_four(weights + LINE, i % 16) | upper << 4) - 32.0)
                 }
             };
         }
