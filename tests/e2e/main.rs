@@ -9,6 +9,7 @@ mod bad_input;
 mod broken_models;
 mod budget;
 mod chat;
+mod cores;
 mod embeddings;
 mod families;
 mod faults;

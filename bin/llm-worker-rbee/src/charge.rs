@@ -30,6 +30,7 @@ pub fn by_hand(cli: &Cli) -> WorkerCharge {
         device: DeviceId::new(device).expect("a short word is an id"),
         device_uuid: None,
         path: None,
+        cores: None,
         keep_alive: KeepAlive::Forever,
         load: cli.sizes.clone().into(),
         kv_bytes: None,

@@ -13,6 +13,7 @@ pub mod args;
 mod backend;
 mod channels;
 mod charge;
+mod cores;
 mod embeddings;
 mod forms;
 mod heartbeat;

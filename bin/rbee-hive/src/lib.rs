@@ -115,6 +115,7 @@ async fn serve_hive(cli: &Cli, home: &Home, settings: Settings) -> Result<(), Er
         queen_token: token.clone(),
         worker,
         worker_args: cli.worker_args.split_whitespace().map(str::to_owned).collect(),
+        cores: home.run.join("cores").to_str().map(str::to_owned),
         slots: settings.slots.value,
         cpu_memory: Some(settings.cpu_memory_bytes.value).filter(|bytes| *bytes > 0),
         incarnations,

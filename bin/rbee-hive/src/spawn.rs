@@ -30,6 +30,8 @@ pub struct Spawner {
     pub worker: PathBuf,
     /// Arguments of every worker.
     pub worker_args: Vec<String>,
+    /// A folder by which the workers share this machine's cores.
+    pub cores: Option<String>,
     /// Requests that one worker generates for at once, unless the spawn says otherwise.
     pub slots: u32,
     /// Most bytes of this machine's memory that models may have, if there is a limit.
@@ -169,6 +171,7 @@ impl Spawner {
         let queen_token = self.queen_token.clone();
         let incarnations = Arc::clone(&self.incarnations);
         let (spawn, path, device, slots) = (spawn.clone(), path.map(str::to_owned), device.clone(), self.slots);
+        let cores = (device.kind == DeviceKind::Cpu).then(|| self.cores.clone()).flatten();
         move || WorkerCharge {
             nonce: random_hex(16),
             worker_id: worker_id.clone(),
@@ -181,6 +184,7 @@ impl Spawner {
             device: device.id.clone(),
             device_uuid: device.uuid.clone(),
             path: path.clone(),
+            cores: cores.clone(),
             keep_alive: spawn.keep_alive.unwrap_or_default(),
             load: LoadOptions { slots: Some(spawn.load.slots.unwrap_or(slots)), ..spawn.load.clone() },
             kv_bytes,

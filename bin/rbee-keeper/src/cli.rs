@@ -374,7 +374,7 @@ pub struct SpawnArgs {
     /// Requests that the worker generates for at once
     #[arg(long, value_name = "N")]
     pub slots: Option<u32>,
-    /// Compute threads; the physical cores unless given
+    /// Compute threads; the physical cores unless given, fewer while other workers of the machine compute
     #[arg(long, value_name = "N")]
     pub threads: Option<u32>,
     /// Type of the KV cache: f32, f16, bf16, q8_0

@@ -131,7 +131,11 @@ pub const SPAWN_FIELDS: &[Field] = &[
     optional("replicas", Kind::Int(1, 64), "how many workers shall serve the model on this device in all"),
     CTX,
     SLOTS,
-    optional("threads", Kind::Int(1, 1024), "compute threads; the physical cores unless given"),
+    optional(
+        "threads",
+        Kind::Int(1, 1024),
+        "compute threads; the physical cores unless given, fewer while other workers of the machine compute",
+    ),
     KV_TYPE,
     QUANTIZE,
     KEEP_ALIVE,

@@ -291,6 +291,9 @@ pub struct WorkerCharge {
     /// Where the model's files lie, when that is not what its name says.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub path: Option<String>,
+    /// A folder by which workers of one machine share its cores.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cores: Option<String>,
     /// How long it stays when nobody uses it; the queen sees to it.
     #[serde(default)]
     pub keep_alive: KeepAlive,

@@ -300,6 +300,11 @@ impl Engine {
         }
     }
 
+    /// There is nothing to compute until a request comes.
+    pub(crate) fn rest(&mut self) {
+        self.runner.rest();
+    }
+
     /// Admits what fits, computes one batch and appends what came of it to `outputs`.
     pub fn step(&mut self, outputs: &mut Vec<(RequestId, Output)>) {
         outputs.append(&mut self.pending);

@@ -377,10 +377,13 @@ impl EngineThread {
                 Err(TryRecvError::Disconnected) if !self.engine.has_work() => return false,
                 Err(_) if self.engine.has_work() || self.published.shutdown.load(Ordering::SeqCst) => return true,
                 Err(_) if self.published.gate.is_drained() => return false,
-                Err(_) => match self.commands.recv() {
-                    Ok(command) => command,
-                    Err(_) => return false,
-                },
+                Err(_) => {
+                    self.engine.rest();
+                    match self.commands.recv() {
+                        Ok(command) => command,
+                        Err(_) => return false,
+                    }
+                }
             };
             match command {
                 Command::Wake => self.published.wake.received(),

@@ -203,6 +203,9 @@ pub trait ModelRunner: Send {
     /// [`RunnerError::OutOfMemory`] where the same batch in smaller pieces may work,
     /// [`RunnerError::Forward`] otherwise.
     fn step(&mut self, batch: &StepBatch<'_>, logits: &mut Logits) -> Result<(), RunnerError>;
+
+    /// There is nothing to compute until more is asked for.
+    fn rest(&mut self) {}
 }
 
 /// Counts units of work that the compute thread has finished (a layer of a step). It moves whenever

@@ -26,6 +26,14 @@ impl Compute {
         Self { pool: Arc::new(Mutex::new(Pool::new(threads))), isa }
     }
 
+    /// Computes with so many threads from now on, here and in its clones. What is computed stays the same.
+    pub fn set_threads(&self, threads: usize) {
+        let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
+        if pool.threads() != threads {
+            *pool = Pool::new(threads);
+        }
+    }
+
     /// The instruction set.
     pub fn isa(&self) -> Isa {
         self.isa

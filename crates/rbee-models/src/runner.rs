@@ -48,6 +48,17 @@ pub struct RunnerOptions {
     pub isa: Option<String>,
 }
 
+/// The compute threads of a runner.
+#[derive(Clone)]
+pub struct Threads(pub(crate) Compute);
+
+impl Threads {
+    /// Computes with so many from the next step on, which changes no bit of what comes out.
+    pub fn set(&self, threads: usize) {
+        self.0.set_threads(threads.clamp(1, MAX_THREADS));
+    }
+}
+
 /// A loaded model.
 pub struct CpuRunner {
     limits: ModelLimits,
@@ -142,6 +153,11 @@ impl CpuRunner {
     /// What is known of the model.
     pub fn about(&self) -> &About {
         &self.about
+    }
+
+    /// Its compute threads.
+    pub fn threads(&self) -> Threads {
+        Threads(self.compute.clone())
     }
 
     /// Bytes of weights and of KV as they are in memory.

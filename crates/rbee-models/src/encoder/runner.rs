@@ -14,7 +14,7 @@ use super::{Encoder, embedding};
 use crate::about::{About, numerics_id};
 use crate::error::Error;
 use crate::files::ModelFiles;
-use crate::runner::{RunnerOptions, isa, threads};
+use crate::runner::{RunnerOptions, Threads, isa, threads};
 
 /// Rises with every change of the arithmetic: it is part of the numerics id.
 const NUMERICS: u32 = 1;
@@ -24,6 +24,7 @@ pub struct EncoderRunner {
     limits: ModelLimits,
     encoder: Encoder,
     embedding: Embedding,
+    compute: Compute,
     steps: StepCounter,
     about: About,
 }
@@ -43,7 +44,8 @@ pub fn load_encoder(
     Opened::check(options)?;
     let opened = open(files, options)?;
     let context = opened.context(options.context)?;
-    let encoder = opened.encoder(context, &Compute::new(threads, isa), progress)?;
+    let compute = Compute::new(threads, isa);
+    let encoder = opened.encoder(context, &compute, progress)?;
     let (needs, digest) = (opened.needs(context), opened.weights.digest());
     let Opened { config, embedding, .. } = opened;
     let numerics = format!(
@@ -59,7 +61,7 @@ pub fn load_encoder(
         numerics_id: numerics_id(&numerics),
     };
     let limits = ModelLimits { vocab: config.vocab, context, block_size: BLOCK, kv_blocks: 0, reading: Reading::Whole };
-    Ok(EncoderRunner { limits, encoder, embedding, steps: steps.clone(), about })
+    Ok(EncoderRunner { limits, encoder, embedding, compute, steps: steps.clone(), about })
 }
 
 /// What an encoder needs in memory, from its headers alone.
@@ -73,6 +75,11 @@ impl EncoderRunner {
     /// What is known of the model.
     pub fn about(&self) -> &About {
         &self.about
+    }
+
+    /// Its compute threads.
+    pub fn threads(&self) -> Threads {
+        Threads(self.compute.clone())
     }
 
     /// Bytes of weights as they are in memory.

@@ -33,7 +33,8 @@ proptest! {
         let got = logits(&mut other, &tokens, &cuts, &blocks(300, 2, len));
         prop_assert!(got == want, "chunked, other blocks, {threads} threads, {isa:?}");
 
-        // The last token beside others' prefills.
+        // The last token beside others' prefills, on other threads.
+        other.threads().set(threads % 4 + 1);
         let rest: Vec<(Vec<u32>, Vec<_>)> = others
             .iter()
             .enumerate()

@@ -105,6 +105,7 @@ fn spec(program: PathBuf, args: Vec<String>) -> SpawnSpec {
             device: DeviceId::new("cpu").unwrap(),
             device_uuid: None,
             path: None,
+            cores: None,
             keep_alive: rbee_wire::KeepAlive::Forever,
             load: LoadOptions::default(),
             kv_bytes: None,
