@@ -8,7 +8,7 @@
 //! - Q6_K, 256 inputs in sixteen halves of runs: `d * scale * (q - 32)`, scale of eight bits with a sign, q of six.
 //!
 //! A tile is sixteen outputs. Lines of 64 bytes hold a group of four inputs of all of them, side by side for each output; a line of
-//! halves of bytes holds two groups, the first in the low halves; lines of upper bits follow those of a run. Q8_0 and Q4_0
+//! halves of bytes holds two groups, the first in the low halves; lines of upper bits stand beside those of their run. Q8_0 and Q4_0
 //! have the scales of the whole tile first, the others those of a block at its beginning.
 
 use std::borrow::Cow;
