@@ -4,9 +4,6 @@ mod model;
 mod sim;
 mod vocabulary;
 
-use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
-
 use rbee_engine::{
     Engine, EngineConfig, EngineHandle, Goal, ModelRunner, OutputText, Reading, Request, Sampling, Speculation,
     StepCounter, TokenId,
@@ -47,8 +44,6 @@ pub struct Facts {
     pub fingerprint: Option<String>,
     /// Whether a row's bits depend on that row alone.
     pub row_invariant: bool,
-    /// Threads that it computes with now, on a CPU.
-    pub threads: Option<Arc<AtomicUsize>>,
 }
 
 /// Sampling that the model's own files ask for.

@@ -8,12 +8,10 @@
 use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use rbee_engine::runner::{Logits, ModelLimits, ModelRunner, Regime, RunnerError, StepBatch};
-use rbee_models::Threads;
+use rbee_models::MAX_THREADS;
 use rbee_service::random_hex;
 
 /// How long what was seen of the others is taken to be true: steps of small models are shorter than looking is worth.
@@ -21,9 +19,6 @@ const FRESH: Duration = Duration::from_millis(5);
 
 /// Workers that are looked at: a folder with more files is none of ours.
 const MOST: usize = 256;
-
-/// More threads than any worker wants.
-const MOST_THREADS: usize = 1024;
 
 /// A worker's place among those that share.
 pub struct Cores {
@@ -84,8 +79,8 @@ impl Cores {
                 all.push(name.to_owned());
             }
         }
-        // In one order for all, whatever stands before the random part.
-        all.sort_by(|a, b| a.rsplit('-').next().cmp(&b.rsplit('-').next()));
+        // Each gives out the cores in the same order.
+        all.sort();
         let at = all.iter().position(|name| *name == own.name).unwrap_or(0);
         let wants: Vec<usize> = all.iter().filter_map(|name| threads(name)).collect();
         self.own = Some(own);
@@ -110,7 +105,7 @@ impl Cores {
 /// The threads that a worker wants, by its file's name.
 fn threads(name: &str) -> Option<usize> {
     let (threads, _) = name.split_once('-')?;
-    threads.parse().ok().filter(|threads| (1..=MOST_THREADS).contains(threads))
+    threads.parse().ok().filter(|threads| (1..=MAX_THREADS).contains(threads))
 }
 
 /// Whether a worker that computes holds this file. One that nobody holds is taken away.
@@ -146,17 +141,10 @@ fn part(cores: usize, wants: &[usize], at: usize) -> usize {
 
 /// A runner that computes each step with its part of the cores.
 pub struct Sharing {
-    runner: Box<dyn ModelRunner>,
-    threads: Threads,
-    cores: Cores,
-    now: Arc<AtomicUsize>,
-}
-
-impl Sharing {
-    /// Shares `cores`; how many threads the runner computes with is in `now`.
-    pub fn new(runner: Box<dyn ModelRunner>, threads: Threads, cores: Cores, now: Arc<AtomicUsize>) -> Self {
-        Self { runner, threads, cores, now }
-    }
+    /// What computes.
+    pub runner: Box<dyn ModelRunner>,
+    /// Its part.
+    pub cores: Cores,
 }
 
 impl ModelRunner for Sharing {
@@ -173,14 +161,17 @@ impl ModelRunner for Sharing {
     }
 
     fn step(&mut self, batch: &StepBatch<'_>, logits: &mut Logits) -> Result<(), RunnerError> {
-        let part = self.cores.part();
-        self.threads.set(part);
-        self.now.store(part, Ordering::Relaxed);
+        self.runner.set_threads(self.cores.part());
         self.runner.step(batch, logits)
+    }
+
+    fn set_threads(&mut self, threads: usize) {
+        self.runner.set_threads(threads);
     }
 
     fn rest(&mut self) {
         self.cores.rest();
+        self.runner.rest();
     }
 }
 

@@ -1,7 +1,6 @@
 //! The worker's routes. Every one but `/health` asks for the bearer of the charge.
 
 use std::collections::HashMap;
-use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -111,10 +110,6 @@ async fn metrics(State(api): State<Api>) -> Exposition {
     out.counter("rbee_engine_drafted_tokens", "Tokens guessed and computed", stats.drafted_tokens);
     out.counter("rbee_engine_accepted_tokens", "Those of them that were right", stats.accepted_tokens);
     out.counter("rbee_engine_steps", "Layers of steps computed", stats.steps);
-    if let Some(threads) = api.status.loaded().and_then(|loaded| loaded.facts.threads.clone()) {
-        let help = "Threads that steps are computed with, of a worker on a CPU";
-        out.gauge("rbee_engine_threads", help, threads.load(Ordering::Relaxed) as f64);
-    }
     out.gauge("rbee_engine_memory_bytes", "Resident memory", beat.memory.total as f64);
     out
 }

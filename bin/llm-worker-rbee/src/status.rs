@@ -151,7 +151,7 @@ impl Status {
         let loaded = self.loaded();
         let stats = loaded.as_ref().map(|loaded| loaded.engine.stats()).unwrap_or_default();
         let facts = loaded.as_ref().map(|loaded| loaded.facts.clone()).unwrap_or_default();
-        let Facts { memory, numerics_id, fingerprint, row_invariant, .. } = facts;
+        let Facts { memory, numerics_id, fingerprint, row_invariant } = facts;
         let load = match self.phase() {
             Phase::Loading(progress) => Some(progress),
             _ => None,

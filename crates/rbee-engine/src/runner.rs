@@ -204,6 +204,11 @@ pub trait ModelRunner: Send {
     /// [`RunnerError::Forward`] otherwise.
     fn step(&mut self, batch: &StepBatch<'_>, logits: &mut Logits) -> Result<(), RunnerError>;
 
+    /// Computes with so many threads from the next step on, where it has threads to choose.
+    fn set_threads(&mut self, threads: usize) {
+        let _ = threads;
+    }
+
     /// There is nothing to compute until more is asked for.
     fn rest(&mut self) {}
 }

@@ -29,7 +29,7 @@ impl Compute {
     /// Computes with so many threads from now on, here and in its clones. What is computed stays the same.
     pub fn set_threads(&self, threads: usize) {
         let mut pool = self.pool.lock().unwrap_or_else(PoisonError::into_inner);
-        if pool.threads() != threads {
+        if pool.threads() != threads.max(1) {
             *pool = Pool::new(threads);
         }
     }

@@ -188,13 +188,13 @@ impl<F: Form> Kernel for Columns<'_, F> {
         let tiles = self.part.columns.clone();
         // SAFETY: tiles and rows exist.
         unsafe {
-            let most = if L::WIDE { if m > F::ALONE { 6 } else { TALL } } else { F::NARROW };
             if m == 1 {
                 for tile in tiles {
                     self.block::<L, 1, 1>(0, tile, Fetch::Stream { from: self.ahead(tile, AHEAD_ONCE).from });
                 }
                 return;
             }
+            let most = if L::WIDE { if m > F::ALONE { 6 } else { TALL } } else { F::NARROW };
             let near = (NEAR / (k * size_of::<F::Step>())).max(most).next_multiple_of(most);
             for first in (0..m).step_by(near) {
                 let rows = near.min(m - first);

@@ -38,5 +38,5 @@ pub use rbee_weights::Error as FileError;
 pub use rbee_weights::config::GenerationDefaults;
 pub use rbee_weights::gguf::Gguf;
 pub use rbee_weights::needs::Needs;
-pub use runner::{CpuRunner, RunnerOptions, Threads, load};
+pub use runner::{CpuRunner, MAX_THREADS, RunnerOptions, load};
 pub use weights::Quantize;

@@ -24,7 +24,7 @@ use crate::weights::Quantize;
 const NUMERICS: u32 = 5;
 
 /// Most compute threads.
-const MAX_THREADS: usize = 1024;
+pub const MAX_THREADS: usize = 1024;
 
 /// How a model is loaded.
 #[derive(Clone, Debug)]
@@ -46,17 +46,6 @@ pub struct RunnerOptions {
     pub exact: bool,
     /// Instruction set to use instead of the widest: `avx512`, `avx2` or `scalar`.
     pub isa: Option<String>,
-}
-
-/// The compute threads of a runner.
-#[derive(Clone)]
-pub struct Threads(pub(crate) Compute);
-
-impl Threads {
-    /// Computes with so many from the next step on, which changes no bit of what comes out.
-    pub fn set(&self, threads: usize) {
-        self.0.set_threads(threads.clamp(1, MAX_THREADS));
-    }
 }
 
 /// A loaded model.
@@ -155,11 +144,6 @@ impl CpuRunner {
         &self.about
     }
 
-    /// Its compute threads.
-    pub fn threads(&self) -> Threads {
-        Threads(self.compute.clone())
-    }
-
     /// Bytes of weights and of KV as they are in memory.
     pub fn held(&self) -> (u64, u64) {
         fn kv<F: KvForm>(kv: &Mutex<KvStore<F>>) -> u64 {
@@ -195,6 +179,10 @@ impl ModelRunner for CpuRunner {
 
     fn regime(&self, prompt: usize) -> Regime {
         regime(&self.config, prompt)
+    }
+
+    fn set_threads(&mut self, threads: usize) {
+        self.compute.set_threads(threads);
     }
 
     fn step(&mut self, batch: &StepBatch<'_>, logits: &mut Logits) -> Result<(), RunnerError> {

@@ -3,11 +3,10 @@
 use std::path::Path;
 use std::str::FromStr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use rbee_engine::{CallPart, ModelRunner, OutputText, Piece, Pushed, StepCounter, TokenId};
-use rbee_models::{About, Error, Kind, ModelFiles, Needs, RunnerOptions, Threads};
+use rbee_models::{About, Error, Kind, ModelFiles, Needs, RunnerOptions};
 use rbee_tokenizer::{
     AnswerForm, AnswerReader, Begins, Chat, ChatTemplate, Controls, Error as TextError, GenerationPrompt, Most,
     Specials, Start, StopMatcher, TextStream, Tokenizer, TokenizerConfig, message,
@@ -237,24 +236,16 @@ pub(super) fn load(
     let parsed = crate::memory::bounded(parse_bound(model, &files)?, || parse(computes, model, &files, &options))?;
     let each = |done, total| progress(LoadProgress { stage: "load".into(), done, total, unit: "bytes".into() });
     let kind = Kind::of(&files).map_err(failed)?;
-    let now = Arc::new(AtomicUsize::new(options.threads));
-    let on_cpu = |runner: Box<dyn ModelRunner>, threads: Threads| match &charge.cores {
-        Some(folder) => {
-            let cores = Cores::new(Path::new(folder), physical_cores(), options.threads);
-            Box::new(Sharing::new(runner, threads, cores, Arc::clone(&now)))
-        }
-        None => runner,
-    };
     let (runner, about, taken): (Box<dyn ModelRunner>, About, u64) = match computes {
         Computes::OnCpu if kind == Kind::Encoder => {
             let runner = rbee_models::load_encoder(&files, &options, steps, &each).map_err(failed)?;
-            let (about, threads) = (runner.about().clone(), runner.threads());
-            (on_cpu(Box::new(runner), threads), about, 0)
+            let about = runner.about().clone();
+            (Box::new(runner), about, 0)
         }
         Computes::OnCpu => {
             let runner = rbee_models::load(&files, &options, steps, &each).map_err(failed)?;
-            let (about, threads) = (runner.about().clone(), runner.threads());
-            (on_cpu(Box::new(runner), threads), about, 0)
+            let about = runner.about().clone();
+            (Box::new(runner), about, 0)
         }
         #[cfg(feature = "cuda")]
         Computes::OnGpu => {
@@ -263,6 +254,13 @@ pub(super) fn load(
             let (about, taken) = (runner.about().clone(), runner.taken());
             (Box::new(runner), about, taken)
         }
+    };
+    let runner = match &charge.cores {
+        Some(folder) => {
+            let cores = Cores::new(Path::new(folder), physical_cores(), options.threads);
+            Box::new(Sharing { runner, cores })
+        }
+        None => runner,
     };
     if !about.unknown_keys.is_empty() {
         let keys = about.unknown_keys.join(", ");
@@ -290,7 +288,6 @@ pub(super) fn load(
         numerics_id: Some(about.numerics_id),
         fingerprint: Some(about.digest),
         row_invariant: true,
-        threads: (computes == Computes::OnCpu).then_some(now),
     };
     let forms = Forms::new(vocab, eos.clone());
     let side = ModelText { tokenizer, template, eos, defaults, forms };

@@ -56,7 +56,6 @@ pub(super) fn load(
             numerics_id: Some(numerics_id),
             fingerprint: Some(format!("sim-{}", args.sim_seed)),
             row_invariant: true,
-            threads: None,
         },
     })
 }

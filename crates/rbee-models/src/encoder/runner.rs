@@ -14,7 +14,7 @@ use super::{Encoder, embedding};
 use crate::about::{About, numerics_id};
 use crate::error::Error;
 use crate::files::ModelFiles;
-use crate::runner::{RunnerOptions, Threads, isa, threads};
+use crate::runner::{RunnerOptions, isa, threads};
 
 /// Rises with every change of the arithmetic: it is part of the numerics id.
 const NUMERICS: u32 = 1;
@@ -77,11 +77,6 @@ impl EncoderRunner {
         &self.about
     }
 
-    /// Its compute threads.
-    pub fn threads(&self) -> Threads {
-        Threads(self.compute.clone())
-    }
-
     /// Bytes of weights as they are in memory.
     pub fn held(&self) -> u64 {
         self.encoder.held()
@@ -91,6 +86,10 @@ impl EncoderRunner {
 impl ModelRunner for EncoderRunner {
     fn limits(&self) -> &ModelLimits {
         &self.limits
+    }
+
+    fn set_threads(&mut self, threads: usize) {
+        self.compute.set_threads(threads);
     }
 
     fn step(&mut self, batch: &StepBatch<'_>, logits: &mut Logits) -> Result<(), RunnerError> {

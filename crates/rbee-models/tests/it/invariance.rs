@@ -34,7 +34,7 @@ proptest! {
         prop_assert!(got == want, "chunked, other blocks, {threads} threads, {isa:?}");
 
         // The last token beside others' prefills, on other threads.
-        other.threads().set(threads % 4 + 1);
+        other.set_threads(threads % 4 + 1);
         let rest: Vec<(Vec<u32>, Vec<_>)> = others
             .iter()
             .enumerate()
