@@ -1,13 +1,11 @@
 //! Speed of the products alone, by what weights are kept in and the number of rows: `cargo xtask bench kernels`.
 //!
-//! The matrix has the shape of a 1.1B llama's largest, in so many copies that a lone row finds none of it in a cache.
+//! The matrix has the shape of a 1.1B llama's largest, or another by `--outputs` and `--inputs`, in so many copies that a lone row finds none
+//! of it in a cache.
 
 use std::time::Instant;
 
 use rbee_kernels::{Isa, Kept, Packed, Part, Pool, Quantization, WeightType, matmul};
-
-const OUTPUTS: usize = 5632;
-const INPUTS: usize = 2048;
 
 /// More bytes of weights than caches hold.
 const BYTES: u64 = 160 << 20;
@@ -41,21 +39,22 @@ fn named(name: &str) -> bool {
 
 fn main() {
     let (rounds, isa) = (flag("--rounds", 5), Isa::detect());
+    let (outputs, inputs) = (flag("--outputs", 5632), flag("--inputs", 2048));
     let weight = |i: usize| ((i * 7919 % 1000) as f32 / 500.0 - 1.0).to_le_bytes();
-    let bytes: Vec<u8> = (0..OUTPUTS * INPUTS).flat_map(weight).collect();
-    println!("{}; {OUTPUTS} outputs, {INPUTS} inputs, medians of {rounds}\n", isa.name());
+    let bytes: Vec<u8> = (0..outputs * inputs).flat_map(weight).collect();
+    println!("{}; {outputs} outputs, {inputs} inputs, medians of {rounds}\n", isa.name());
     println!("| weights | rows | threads | microseconds | GB/s | 10^9 operations/s |");
     println!("|---|---|---|---|---|---|");
     for (name, kept) in KEPT.into_iter().filter(|(name, _)| named(name)) {
         let part = Part { kept, kind: WeightType::F32, bytes: &bytes };
-        let copies = BYTES.div_ceil(Kept::bytes(&[(kept, OUTPUTS as u64)], INPUTS as u64));
-        let pack = |_| Packed::new(&mut Pool::new(2), Isa::detect(), &[part], INPUTS).expect("the weights are numbers");
+        let copies = BYTES.div_ceil(Kept::bytes(&[(kept, outputs as u64)], inputs as u64));
+        let pack = |_| Packed::new(&mut Pool::new(2), Isa::detect(), &[part], inputs).expect("the weights are numbers");
         let matrices: Vec<Packed> = (0..copies).map(pack).collect();
         for threads in [1, 2] {
             let mut pool = Pool::new(threads);
             for rows in ROWS {
-                let x: Vec<f32> = (0..rows * INPUTS).map(|i| (i * 31 % 97) as f32 / 48.0 - 1.0).collect();
-                let mut out = vec![0.0; rows * OUTPUTS];
+                let x: Vec<f32> = (0..rows * inputs).map(|i| (i * 31 % 97) as f32 / 48.0 - 1.0).collect();
+                let mut out = vec![0.0; rows * outputs];
                 // Many rows take long enough with one of the copies.
                 let matrices = &matrices[..if rows < 64 { matrices.len() } else { 1 }];
                 let mut times: Vec<f64> = (0..=rounds)
@@ -68,7 +67,7 @@ fn main() {
                     .collect();
                 times.sort_by(f64::total_cmp);
                 let time = times[times.len() / 2];
-                let operations = 2.0 * (rows * OUTPUTS * INPUTS) as f64 / time / 1e9;
+                let operations = 2.0 * (rows * outputs * inputs) as f64 / time / 1e9;
                 let read = matrices[0].held() as f64 / time / 1e9;
                 println!("| {name} | {rows} | {threads} | {:.0} | {read:.1} | {operations:.0} |", time * 1e6);
             }

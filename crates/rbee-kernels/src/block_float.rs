@@ -124,7 +124,7 @@ unsafe fn add_powers<L: Lanes, const R: usize, const T: usize, const NEAR: bool>
 impl Form for BlockFloat {
     type Step = i16;
     const BYTES: usize = LANES + LINES;
-    const ONCE: bool = false;
+    const SHORT: usize = 2048;
     const ALONE: usize = usize::MAX;
 
     #[inline(always)]
