@@ -84,7 +84,7 @@ unsafe fn dot<L: Lanes, const R: usize, const T: usize>(
     pair: usize,
     ints: &mut [[L::Ints; T]; R],
 ) {
-    meeting.ask::<L>(pair, RUN / PAIR);
+    meeting.ask_in_turn::<L>(pair);
     for (r, ints) in ints.iter_mut().enumerate() {
         for (ints, w) in ints.iter_mut().zip(w) {
             // SAFETY: the caller's: a run has so many pairs.

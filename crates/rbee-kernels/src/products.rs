@@ -7,6 +7,7 @@
 #![expect(unsafe_code, reason = "SIMD kernels over raw pointers")]
 
 use std::ops::Range;
+use std::sync::atomic::{Ordering, compiler_fence};
 
 use crate::ints::{GROUP, Ints, LINE};
 use crate::matmul::{Span, To, store};
@@ -104,13 +105,23 @@ impl<S, const R: usize, const T: usize> Meeting<S, R, T> {
         unsafe { *self.about.add(row * (self.k / RUN)) }
     }
 
-    /// Asks for one of the stream's lines, if there are so many, and the last of a run's `groups` for what is left.
+    /// Asks for one of the stream's lines, if there are so many.
     #[inline(always)]
-    pub(crate) fn ask<L: Lanes>(self, group: usize, groups: usize) {
-        let Some(Stream { from, lines }) = self.stream else { return };
-        let end = if group + 1 == groups { lines } else { lines.min(group + 1) };
-        for line in group..end {
+    fn ask<L: Lanes>(self, line: usize) {
+        if let Some(Stream { from, lines }) = self.stream
+            && line < lines
+        {
             L::fetch_once(from.wrapping_add(line * LINE));
+        }
+    }
+
+    /// The same, and what stands before it in the program stays before it: where a compiler puts all loads of a run together a product of
+    /// Q8_0 takes a tenth longer, of bf16 as well. Q5_K takes 40 % longer with it, and the others gain nothing.
+    #[inline(always)]
+    pub(crate) fn ask_in_turn<L: Lanes>(self, line: usize) {
+        if self.stream.is_some() {
+            self.ask::<L>(line);
+            compiler_fence(Ordering::SeqCst);
         }
     }
 
@@ -347,7 +358,7 @@ unsafe fn dot<L: Lanes, const R: usize, const T: usize>(
     group: usize,
     few: &mut [[<L::Ints as Ints>::Few; T]; R],
 ) {
-    meeting.ask::<L>(group, RUN / GROUP);
+    meeting.ask::<L>(group);
     for (r, few) in few.iter_mut().enumerate() {
         for (few, w) in few.iter_mut().zip(w) {
             // SAFETY: the caller's: a run has so many groups.
@@ -430,7 +441,7 @@ impl Form for Q8_0 {
             let at = meeting.at(Q8_0::weights(meeting.k, meeting.run));
             let mut ints: [[L::Ints; T]; R] = std::array::from_fn(|r| [L::Ints::begin_wide(meeting.less(r, 128)); T]);
             for group in 0..RUN / GROUP {
-                meeting.ask::<L>(group, RUN / GROUP);
+                meeting.ask_in_turn::<L>(group);
                 let w = at.map(|at| L::Ints::line(at.add(group * LINE)));
                 for (r, ints) in ints.iter_mut().enumerate() {
                     for (ints, w) in ints.iter_mut().zip(w) {
@@ -438,6 +449,8 @@ impl Form for Q8_0 {
                     }
                 }
             }
+            // A run takes half a line more than its groups.
+            meeting.ask::<L>(RUN / GROUP);
             add_scaled(meeting, ints, sums);
         }
     }
