@@ -20,12 +20,12 @@ use half::f16;
 /// Bytes ahead of those that a lone block's product reads which are fetched already.
 const AHEAD: usize = 8 << 10;
 
-/// The same of one row's product: of 1 to 24 KiB 6 are the best or near it for all forms, on one thread and two.
+/// The same of one row's product: of 1 to 24 KiB 6 are the best or near it for long rows of all forms, on one thread and two.
 const AHEAD_ALONE: usize = 6 << 10;
 
-/// The same where rows are short ([`Form::SHORT`]): there a processor foresees by itself what is read, with more lines on their way than a
-/// program may ask for, as long as it sees lines missing just before they are read. With 576 inputs of Q8_0 one thread of a Zen 4
-/// reads 21 GB/s with weights asked for 6 KiB ahead, 19 with 1 to 2 KiB, and 32 to 35 with 256 to 576 bytes.
+/// The same where rows are short ([`Form::SHORT`]). With 576 inputs of Q8_0 one thread of a Zen 4 reads 21 GB/s with weights asked for
+/// 6 KiB ahead, 17 to 19 with 1 to 2 KiB, and 32 to 35 with 256 to 576 bytes; in caches it makes no difference. It looks as if the
+/// processor then fetched by itself, with more lines on their way than a program's own loads may have.
 const AHEAD_SHORT: usize = 512;
 
 /// Rows of a block that meets one tile, where registers are wide.
